@@ -1,0 +1,36 @@
+# Every target does its own set-up in .venv (dependencies, PyTorch, compiled modules) and is quick when repeated.
+PYTHON ?= python3
+# What to install PyTorch from, e.g. TORCH="torch==2.13.0 torchvision". The default is the newest release.
+TORCH ?= torch torchvision
+# More arguments for pytest, e.g. ARGS="-k dual -x".
+ARGS ?=
+
+BIN := .venv/bin
+INTERPRETED := $(wildcard tests/test_*_triton.py)
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+demo: .venv/installed  ## train a robust classifier on real data, with and without armor (about two minutes)
+	$(BIN)/armor train
+
+test: .venv/installed  ## all tests; Triton kernels run in its interpreter, which must be chosen before its import
+	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS))
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(INTERPRETED)) $(ARGS)
+
+bench: .venv/installed  ## time the operators against what they replace
+	$(BIN)/python -m benchmarks dual
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# PyTorch comes first because armor is compiled against it, and without build isolation nothing is downloaded twice.
+.venv/installed: pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,eval,dev]"
+	touch $@
+
+.PHONY: help demo test bench lint

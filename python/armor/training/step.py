@@ -1,0 +1,94 @@
+"""One training step, top to bottom: attack, forward, objective, update (docs/math.md, section 6).
+
+`make_state` builds what a step changes; loop.py calls `train_step` once per batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armor.losses import DCLoss
+from armor.training import models
+from armor.training.attack import pgd
+from armor.training.config import ResolvedConfig
+
+# One independent stream of random numbers per use, so that the two methods of a pair, which differ in the
+# objective alone, meet the same initial weights, batches and attack noise.
+STREAMS = ("split", "setting", "weights", "batches", "noise", "evaluate", "samples")
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    batches: torch.Generator
+    noise: torch.Generator
+
+
+def train_step(
+    state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, dual: DCLoss | None
+) -> Tensor:
+    """Updates the state on one batch; returns [objective, mean loss, lambda, effective sample share].
+
+    dual None is the uniform-weight control, whose objective is the mean: lambda is NaN and the share 1.
+    The result stays on the device, so that a step never waits for it.
+    """
+    x_adv = pgd(
+        state.model,
+        x,
+        y,
+        eps=config.eps,
+        steps=config.attack.steps,
+        step_size=config.step_size,
+        generator=state.noise,
+    )
+    losses = F.cross_entropy(state.model(x_adv), y, reduction="none")
+    if dual is None:
+        objective = losses.mean()
+        lam, share = losses.new_tensor(float("nan")), losses.new_ones(())
+    else:
+        objective = dual(losses)
+        lam, share = dual.last.lam, effective_share(dual.last.weights)
+
+    state.optimizer.zero_grad(set_to_none=True)
+    objective.backward()
+    state.optimizer.step()
+    state.schedule.step()
+    return torch.stack([objective.detach(), losses.detach().mean(), lam.to(losses.dtype), share])
+
+
+def make_state(config: ResolvedConfig, seed: int, steps: int) -> TrainState:
+    """Model, optimiser, schedule over `steps` and generators of a run with this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "weights"))
+        model = models.build(config.data)
+    model = model.to(config.device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum)
+    warmup = max(1, round(config.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
+    )
+    return TrainState(
+        model, optimizer, schedule, stream(seed, "batches"), stream(seed, "noise", config.device)
+    )
+
+
+def effective_share(weights: Tensor) -> Tensor:
+    """Effective sample size 1 / sum(w^2) over n: 1 for uniform weights, 1/n if one sample has it all."""
+    return 1 / (weights.square().sum() * weights.numel())
+
+
+def stream(seed: int, use: str, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(stream_seed(seed, use))
+
+
+def stream_seed(seed: int, use: str) -> int:
+    return int(np.random.SeedSequence([seed, STREAMS.index(use)]).generate_state(1, np.uint64)[0] >> 1)

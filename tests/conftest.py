@@ -1,0 +1,38 @@
+"""What every test runs under: poisoned uninitialised memory, one thread, and no GPU test without a GPU."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Test machines are shared and slow at times; a failing example is printed so that it can be replayed.
+settings.register_profile("armor", deadline=None, print_blob=True)
+settings.load_profile("armor")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """torch.empty and its kin, also when C++ calls them, hand out NaN (floats) or the largest integer."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        no_device = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(no_device)
