@@ -29,7 +29,7 @@ lint: .venv/installed  ## ruff and mypy
 # PyTorch comes first because armor is compiled against it, and without build isolation nothing is downloaded twice.
 .venv/installed: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja $(TORCH)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,eval,dev]"
 	touch $@
 

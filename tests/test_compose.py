@@ -14,6 +14,7 @@ from armor.losses import DCLoss, LearnedDual
 from armor.ops import dc_loss
 from cases import CODES
 from torch import func
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -61,13 +62,12 @@ def strided(tensor, layout):
 
 @given
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(given, layout, dtype):
     losses, costs, clean = (strided(t, layout) for t in rows(given, dtype=dtype))
     numbers = (CODES["alpha"], 1.5, 0.1, 0.0, 1e6)
     torch.library.opcheck(torch.ops.armor.dual.default, (losses, costs, clean, *numbers))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    grad, mu, weights = torch.ones(3, dtype=wide), torch.rand(3, dtype=wide), torch.rand(3, 8, dtype=wide)
+    grad, mu, weights = torch.ones(3, dtype=dtype), torch.rand(3, dtype=dtype), torch.rand(3, 8, dtype=dtype)
     arguments = (grad, mu, strided(weights, layout), losses, costs, clean)
     torch.library.opcheck(torch.ops.armor.dual_backward.default, arguments)
 
@@ -118,7 +118,7 @@ def test_compiled_gradients(options, given):
 
 def test_one_dynamic_graph_serves_every_batch():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for shape in [(3, 8), (5, 31), (2, 128), (16, 9)]:
         losses, costs, _ = rows("costs", shape)
@@ -126,10 +126,10 @@ def test_one_dynamic_graph_serves_every_batch():
     assert counter.frame_count == 1
 
 
-def test_a_learned_radius_schedule_does_not_recompile():
+def test_a_radius_schedule_does_not_recompile():
     # A Python float that changes from step to step becomes a symbol at its first change, not a graph for each.
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     losses = rows("losses")[0]
     for radius in (0.1, 0.2, 0.3, 0.4, 0.5):
@@ -160,7 +160,7 @@ def test_training_step_compiles_without_a_word(tmp_path):
     """
     environment = {
         **os.environ,
-        "TORCH_LOGS": "graph_breaks,recompiles,perf_hints",
+        "TORCH_LOGS": "graph_breaks,recompiles",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
         "OMP_NUM_THREADS": "1",
     }
@@ -173,7 +173,8 @@ def test_training_step_compiles_without_a_word(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "agreed\n"
-    assert done.stderr == ""
+    # PyTorch's own remark on a machine with a CUDA toolkit and no GPU.
+    assert [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_checkpoint(reentrant):
 def test_second_order_is_refused_with_a_reason():
     losses = torch.randn(8, requires_grad=True)
     (gradient,) = torch.autograd.grad(dc_loss(losses, radius=0.1), losses, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"first order|twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         gradient.square().sum().backward()
 
 

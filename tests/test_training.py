@@ -33,14 +33,6 @@ from armor.training.evaluate import evaluate
 from armor.training.step import effective_share, make_state, stream, train_step
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(tmp_path, **changes) -> TrainConfig:
     """A run of a second or less."""
     small = {

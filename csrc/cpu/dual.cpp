@@ -16,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "armor/dual.h"
+#include "armor/row.h"
 
 namespace armor::cpu {
 namespace {
@@ -26,35 +26,11 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 8192;
 
-// One row in raw units; a scaled loss is (loss * unit - max) * inverse_range. `unit` is 1, or 1/2 where the range would
-// overflow.
 template <class T>
 struct Row {
   const T *losses, *costs, *clean;  // the last two may be null
   int64_t n;
-  double unit = 1.0, max = 0.0, inverse_range = 1.0;
-};
-
-struct Point {
-  double b, mu, k;
-  Top top;
-};
-
-struct Scan {
-  double max = -kInf, min = kInf, ties = 0.0;
-  double sum = 0.0, sum_squares = 0.0;  // of loss - loss of the row's first sample
-  double cost_sum = 0.0;
-  double defect = 0.0;  // NaN if an entry is not finite (a cost may be +inf)
-
-  void merge_extremes(double other_max, double other_min, double other_ties) {
-    ties = other_max > max ? other_ties : other_max == max ? ties + other_ties : ties;
-    max = std::fmax(max, other_max);
-    min = std::fmin(min, other_min);
-  }
-  void merge(const Scan& o) {
-    merge_extremes(o.max, o.min, o.ties);
-    sum += o.sum, sum_squares += o.sum_squares, cost_sum += o.cost_sum, defect += o.defect;
-  }
+  Scaling scaling;
 };
 
 #define ARMOR_INLINE inline __attribute__((always_inline))
@@ -121,14 +97,14 @@ void for_chunks(int64_t n, bool parallel, const Body& body) {
   else range(0, chunks);
 }
 
-// The chunks' results, folded in order.
-template <class Part, class Body, class Fold>
-Part over_chunks(int64_t n, bool parallel, const Body& body, const Fold& fold) {
+// The chunks' results, added in order.
+template <class Part, class Body>
+Part over_chunks(int64_t n, bool parallel, const Body& body) {
   if (n <= kChunk) return body(0, n);
   std::vector<Part> parts((n + kChunk - 1) / kChunk);
   for_chunks(n, parallel, [&](int64_t c, int64_t begin, int64_t end) { parts[c] = body(begin, end); });
   Part all = parts[0];
-  for (size_t c = 1; c < parts.size(); ++c) fold(all, parts[c]);
+  for (size_t c = 1; c < parts.size(); ++c) all.add(parts[c]);
   return all;
 }
 
@@ -138,96 +114,54 @@ struct Output {
   int32_t *status, *passes;
 };
 
-// A row with an entry that is not finite: NaN wins, then +inf, then -inf, as in a mean; the weights are uniform on the
-// entries that decide.
 template <class T>
 void answer_nonfinite(const Row<T>& row, const Output<T>& out) {
-  const auto entry = [&](int64_t i) -> double {
-    const double cost = row.costs ? row.costs[i] : 0.0;
-    double loss = cost < kInf ? row.losses[i] : std::isnan(cost) || std::isnan(row.losses[i]) ? std::nan("") : -kInf;
-    if (cost == -kInf) loss = std::nan("");
-    if (!row.clean) return loss;
-    return std::isnan(row.clean[i]) || std::isnan(loss) ? std::nan("") : std::fmax(loss, row.clean[i]);
+  const auto entry = [&](int64_t i) {
+    return deciding_entry(row.losses[i], row.costs ? row.costs[i] : 0.0, row.clean, row.clean ? row.clean[i] : 0.0);
   };
-  double worst = kInf, decide = 0.0;
-  bool nan = false, plus = false;
-  for (int64_t i = 0; i < row.n; ++i) nan |= std::isnan(entry(i)), plus |= entry(i) == kInf;
-  worst = nan ? std::nan("") : plus ? kInf : -kInf;
+  double worst = -kInf, decide = 0.0;
+  for (int64_t i = 0; i < row.n && !std::isnan(worst); ++i) {
+    const double e = entry(i);
+    if (std::isnan(e) || e == kInf) worst = e;
+  }
   for (int64_t i = 0; i < row.n; ++i) decide += entry(i) == worst;
   for (int64_t i = 0; i < row.n; ++i)
-    out.weights[i] = static_cast<T>(nan ? worst : entry(i) == worst ? 1.0 / decide : 0.0);
+    out.weights[i] = static_cast<T>(std::isnan(worst) ? worst : entry(i) == worst ? 1.0 / decide : 0.0);
   *out.value = *out.nu = static_cast<T>(worst);
-  *out.lam = static_cast<T>(nan ? worst : 0.0);
+  *out.lam = static_cast<T>(std::isnan(worst) ? worst : 0.0);
   *out.status = static_cast<int32_t>(Status::nonfinite);
 }
 
 template <class T>
-void solve_row(Row<T> row, const Family& family, double radius, double kappa, double max_dual, bool parallel,
-               const Output<T>& out) {
+void solve_row(Row<T> row, const Settings& settings, bool parallel, const Output<T>& out) {
   const Loops<T>& loop = loops<T>();
   const int64_t n = row.n;
   const Scan scan = over_chunks<Scan>(
-      n, parallel, [&](int64_t begin, int64_t end) { return loop.scan(row, begin, end); },
-      [](Scan& a, const Scan& b) { a.merge(b); });
+      n, parallel, [&](int64_t begin, int64_t end) { return loop.scan(row, begin, end); });
   *out.passes = 1;
   if (scan.defect != 0.0) return answer_nonfinite(row, out);
 
-  row.unit = scan.max - scan.min < kInf ? 1.0 : 0.5;
-  row.max = scan.max * row.unit;
-  const double spread = row.max - scan.min * row.unit;
-  const bool equal = spread < 1e-290;
-  const double range = (equal ? 1.0 : spread) / row.unit;
-  row.inverse_range = equal ? 1.0 : 1.0 / spread;
-
-  Point point{0.0, 0.0, family.k, {}};
-  Answer answer{};
-  double scale = 1.0 / n, log_s0 = 0.0;
-  if (!row.costs && (radius == 0.0 || equal)) {
-    const bool saturated = equal && kappa == 0.0;
-    const double mean = equal ? 0.0 : (scan.sum / n + row.losses[0] - scan.max) / range;
-    const double mu = equal ? kappa / range : kInf;
-    answer = {mean, mu, saturated ? kInf : 0.0, saturated ? Status::saturated : Status::converged};
-  } else {
-    const double mean = scan.sum / n, variance = std::fmax(scan.sum_squares / n - mean * mean, 0.0);
-    const double least_std = 0.5 / std::sqrt(static_cast<double>(n));  // of a row whose range is one
-    const Moments moments{static_cast<double>(n), scan.ties, (mean + row.losses[0] - scan.max) / range,
-                          std::fmax(std::sqrt(variance) / range, row.costs ? 1e-3 : least_std),
-                          row.clean ? kInf : scan.cost_sum / n};
-    const Problem problem{family, radius, kappa / range, max_dual / range,
-                          sizeof(T) == 4 ? 1e-6 : 1e-12, row.costs != nullptr, row.clean != nullptr};
-    DualSolver solver(problem, moments);
-    Sums sums;
-    bool done = solver.trivial();
-    for (int round = 0; !done && round < DualSolver::kMaxRounds; ++round) {
-      point.b = solver.b, point.mu = solver.mu;
-      if (row.costs) {
-        point.top = over_chunks<Top>(
-            n, parallel, [&](int64_t begin, int64_t end) { return loop.top(row, begin, end, point.mu); },
-            [](Top& a, const Top& b) { if (b.v > a.v) a = b; });
-        if (point.top.v == -kInf) return answer_nonfinite(row, out);  // every cost is infinite
-        ++*out.passes;
-      }
-      sums = over_chunks<Sums>(
-          n, parallel, [&](int64_t begin, int64_t end) { return loop.sums(row, begin, end, point); },
-          [](Sums& a, const Sums& b) { a.add(b); });
-      ++*out.passes;
-      done = solver.update(sums, point.top);
-    }
-    answer = solver.answer(done);
-    scale = 1.0 / (answer.b == kInf ? scan.ties : sums.w);
-    log_s0 = answer.b == kInf ? 0.0 : std::log(sums.w / n);
+  RowSolver solver(settings, scan, static_cast<double>(n), row.losses[0]);
+  row.scaling = solver.scaling;
+  while (!solver.done) {
+    Point point = solver.point;
+    if (row.costs)
+      point.top = over_chunks<Top>(
+          n, parallel, [&](int64_t begin, int64_t end) { return loop.top(row, begin, end, point.mu); });
+    if (point.top.v == -kInf) return answer_nonfinite(row, out);  // no sample may be used
+    const Sums sums = over_chunks<Sums>(
+        n, parallel, [&](int64_t begin, int64_t end) { return loop.sums(row, begin, end, point); });
+    solver.update(sums, point.top);
   }
-
-  point.b = answer.b;
+  const Result result = solver.result();
   for_chunks(n, parallel, [&](int64_t, int64_t begin, int64_t end) {
-    loop.write(row, begin, end, point, scale, out.weights);
+    loop.write(row, begin, end, solver.point, result.weight_scale, out.weights);
   });
-  ++*out.passes;
-  const double mu = answer.mu * range, top = scan.max + point.top.v * range;
-  *out.value = static_cast<T>(scan.max + answer.value * range);
-  *out.lam = static_cast<T>(std::fmax(mu - kappa, 0.0));
-  *out.nu = static_cast<T>(multiplier(family, top, mu, answer.b / range, log_s0));
-  *out.status = static_cast<int32_t>(answer.status);
+  *out.value = static_cast<T>(result.value);
+  *out.lam = static_cast<T>(result.lam);
+  *out.nu = static_cast<T>(result.nu);
+  *out.status = static_cast<int32_t>(result.status);
+  *out.passes = solver.passes;
 }
 
 // `t`, contiguous, once it is known to match `like`.
@@ -255,7 +189,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Outputs run(const Tensor& losses_in, const std::optional<Tensor>& costs_in, const std::optional<Tensor>& clean_in,
-            const Family& family, double radius, double kappa, double max_dual) {
+            Settings settings) {
   const Tensor losses = samples<T>(losses_in, losses_in, "losses");
   std::optional<Tensor> costs, clean;
   if (costs_in) costs = samples<T>(*costs_in, losses, "costs");
@@ -271,12 +205,13 @@ Outputs run(const Tensor& losses_in, const std::optional<Tensor>& costs_in, cons
   auto& [value, lam, nu, weights, status, passes] = out;
 
   const T *loss = pointer<T>(losses), *cost = pointer<T>(costs), *kept = pointer<T>(clean);
+  settings.tolerance = sizeof(T) == 4 ? 1e-6 : 1e-12;
   const Output<T> first{pointer<T>(value), pointer<T>(lam), pointer<T>(nu), pointer<T>(weights),
                         pointer<int32_t>(status), pointer<int32_t>(passes)};
   const auto solve = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Row<T> row{loss + r * n, cost ? cost + r * n : nullptr, kept ? kept + r * n : nullptr, n};
-      solve_row(row, family, radius, kappa, max_dual, rows == 1,
+      const Row<T> row{loss + r * n, cost ? cost + r * n : nullptr, kept ? kept + r * n : nullptr, n, {}};
+      solve_row(row, settings, rows == 1,
                 {first.value + r, first.lam + r, first.nu + r, first.weights + r * n, first.status + r,
                  first.passes + r});
     }
@@ -291,10 +226,10 @@ Outputs dual(const Tensor& losses, const std::optional<Tensor>& costs, const std
   STD_TORCH_CHECK(losses.dim() > 0 && losses.size(losses.dim() - 1) > 0,
                   "armor::dual: losses must hold at least one sample along the last dimension");
   STD_TORCH_CHECK(divergence >= 0 && divergence <= 2, "armor::dual: divergence must be 0, 1 or 2, got ", divergence);
-  const Family family(static_cast<Kind>(divergence), alpha);
-  if (losses.scalar_type() == ScalarType::Float) return run<float>(losses, costs, clean, family, radius, kappa, max_dual);
-  STD_TORCH_CHECK(losses.scalar_type() == ScalarType::Double, "armor::dual: losses must be float32 or float64");
-  return run<double>(losses, costs, clean, family, radius, kappa, max_dual);
+  const Settings settings{Family(static_cast<Kind>(divergence), alpha), radius, kappa, max_dual, 0.0, bool(costs),
+                          bool(clean)};
+  if (losses.scalar_type() == ScalarType::Float) return run<float>(losses, costs, clean, settings);
+  return run<double>(losses, costs, clean, settings);
 }
 
 // Gradients of the value: the weights, on the branch that each sample took (docs/math.md, section 1).

@@ -91,15 +91,19 @@ struct RowLoops {
     return count == simd::kLanes ? simd::load(from) : simd::load(from, count, fill);
   }
 
+  static ARMOR_INLINE simd::Vec scaled(const Row<T>& row, simd::Vec loss) {
+    return (loss * row.scaling.unit - row.scaling.max) * row.scaling.inverse_range;
+  }
+
   static ARMOR_INLINE Sample sample(const Row<T>& row, int64_t i, int count, double mu) {
     using namespace simd;
-    Vec v = (at(row.losses + i, count, 0.0) * row.unit - row.max) * row.inverse_range, cost{};
+    Vec v = scaled(row, at(row.losses + i, count, 0.0)), cost{};
     if (row.costs) {
       cost = at(row.costs + i, count, 0.0);
       v -= mu * cost;
     }
     if (row.clean) {
-      const Vec clean = (at(row.clean + i, count, 0.0) * row.unit - row.max) * row.inverse_range;
+      const Vec clean = scaled(row, at(row.clean + i, count, 0.0));
       const Mask moved = v >= clean;
       v = moved ? v : clean;
       cost = moved ? cost : Vec{};

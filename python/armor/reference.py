@@ -159,7 +159,7 @@ def _solve(
     if cap < math.inf:
         lam = torch.where(at_stop, cap - kappa, lam)
     status = torch.zeros_like(value, dtype=torch.int32)
-    status = status.masked_fill(at_start & (value == 0), SATURATED).masked_fill(at_stop, MAX_DUAL)
+    status = status.masked_fill(mu == 0, SATURATED).masked_fill(at_stop, MAX_DUAL)
 
     if divergence == RENYI and alpha > 1:
         # A weight of zero is infinitely far: no budget suffices. The weights are the limit of a growing cost.
@@ -226,8 +226,8 @@ def _tilt_steep_alpha(u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         weight = log_weight(least, height[:, None]).exp().masked_fill(idle[:, None], 0.0)
         return weight.mean(-1, keepdim=True) < 1
 
-    high = torch.zeros_like(last)
-    least = _section(light, high - 50.0, high, u.shape[1])
+    bound = torch.full_like(last, math.log(u.shape[1]))
+    least = _section(light, bound - 50.0, bound, u.shape[1])
     return log_weight(least, height).masked_fill(idle, -math.inf), last - torch.exp(power * least) / power
 
 

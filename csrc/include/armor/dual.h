@@ -27,7 +27,11 @@ struct Moments {
 
 // The sample with the largest v = loss - mu cost: z = v - top.v <= 0 and d = cost - top.cost are measured from it.
 struct Top {
-  double v = 0.0, cost = 0.0;
+  double v = -kInf, cost = 0.0;
+
+  ARMOR_FN void add(const Top& o) {
+    if (o.v > v) *this = o;
+  }
 };
 
 // Sums over a row of the weight w = w(b z) times products of z, d and g = d log w / d(b z).
@@ -83,6 +87,8 @@ class DualSolver {
     start = clamp(start, 1e-100, 1e100);
     go(log(start), clamp(log(mu_start), fmax(y_min, -230.0), fmin(y_max, 230.0)));
   }
+
+  ARMOR_FN const Family& family() const { return p.family; }
 
   // All mass may sit on the maximum and nothing regularises it: there is nothing to search for.
   ARMOR_FN bool trivial() const { return !radius_binds && p.kappa == 0.0; }
@@ -163,7 +169,9 @@ class DualSolver {
   Bracket outer;         // of y in the nested search
   Tangent left, right;   // of the convex dual function at the ends of `outer`
 
+  // Moves on, unless this was the last round: the answer then is the point that the sums belong to.
   ARMOR_FN bool go(double x_next, double y_next) {
+    if (round >= kMaxRounds) return false;
     x = p.family.kind == Kind::kl ? -y_next : x_next;
     y = y_next;
     b = exp(x), mu = exp(y);
