@@ -304,7 +304,7 @@ def _sums(
     CLEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of w, wz, wzg, wzzg, wd, wdg, wzdg, wddg, and the least z with weight with its d."""
+    """Sums of w, wz, wzg, wzzg, wd, wdg, wzdg, wddg; the least z with weight, its d; the largest z without weight."""
     w_ = tl.zeros((BLOCK,), tl.float64)
     wz = tl.zeros((BLOCK,), tl.float64)
     wzg = tl.zeros((BLOCK,), tl.float64)
@@ -315,10 +315,12 @@ def _sums(
     wddg = tl.zeros((BLOCK,), tl.float64)
     z_min = tl.zeros((BLOCK,), tl.float64)
     d_min = tl.zeros((BLOCK,), tl.float64)
+    z_out = tl.zeros((BLOCK,), tl.float64) - INF
     for start in range(0, n, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         v, cost = _sample(losses, costs, clean, cols, cols < n, unit, max_unit, inverse, mu, COSTS, CLEAN)
         w, g = _tilt(v - top_v, b, k, KIND)
+        z_out = tl.where(w > 0.0, z_out, tl.maximum(z_out, v - top_v))
         z = tl.where(w > 0.0, v - top_v, 0.0)
         w_ += w
         wz += w * z
@@ -345,6 +347,7 @@ def _sums(
         tl.sum(wddg, 0),
         least,
         tl.min(tl.where(z_min == least, d_min, INF), 0),
+        tl.max(z_out, 0),
     )
 
 
@@ -371,6 +374,15 @@ def _towards_truncation(x, t, b, mu, y, y_next, z_min, d_min, k):
     mapped = tl.log(tl.maximum((u_next - 1.0) / (k * z_next), 1e-300))
     cusp = (k > 1.0) & (u > 0.0) & (u < 1.0) & (u_next > 0.0) & (u_next < 1.0) & (z_next < 0.0)
     return tl.where(cusp, mapped, x + t)
+
+
+@triton.jit
+def _across_truncation(without, x, r, slope, target, count, s0, z_out, k):
+    at = -tl.log(tl.maximum(-k * z_out, 1e-300))
+    weight = (r + slope * (at - x) - target) * count * k * s0
+    back = at + _log1p(-tl.exp(k * tl.log(_clamp(weight, 1e-300, 0.9999999999))))
+    crosses = (k > 1.0) & (z_out > -INF) & (without <= at) & (weight < 1.0)
+    return tl.where(crosses, tl.where(weight > 0.0, back, at), without)
 
 
 @triton.jit
@@ -522,7 +534,7 @@ def _dual(
                 losses, costs, clean, n, unit, max_unit, inverse, mu, CLEAN, BLOCK
             )
             passes += 1
-        w, wz, wzg, wzzg, wd, wdg, wzdg, wddg, z_min, d_min = _sums(
+        w, wz, wzg, wzzg, wd, wdg, wzdg, wddg, z_min, d_min, z_out = _sums(
             losses, costs, clean, n, unit, max_unit, inverse, b, mu, top_v, top_cost, k, KIND, COSTS, CLEAN, BLOCK
         )
         passes += 1
@@ -657,6 +669,9 @@ def _dual(
                 if (converged == 0) & (tl.abs(off) <= 0.3):
                     t = _clamp(step, -5.0, 5.0)
                     candidate = _towards_truncation(x, t, b, mu, y, y_curve + dy_dx * t, z_min, d_min, k)
+                    if not COSTS:
+                        crossed = _across_truncation(candidate, x, r, slope, target, count, s0, z_out, k)
+                        candidate = tl.where(t < 0.0, crossed, candidate)
                     x_next, bracket = _next(bracket, candidate)
                 y_next = _clamp(
                     y_curve + dy_dx * (x_next - x), tl.maximum(y_min, y - 6.0), tl.minimum(y_max, y + 6.0)

@@ -119,4 +119,7 @@ def _line(cells):
 def _duration(microseconds):
     if microseconds is None:
         return ""
-    return f"{microseconds:.3g} us" if abs(microseconds) < 999.5 else f"{microseconds / 1000:.3g} ms"
+    for unit, size in (("us", 1), ("ms", 1e3)):
+        if abs(microseconds) < 999.5 * size:
+            return f"{microseconds / size:.3g} {unit}"
+    return f"{microseconds / 1e6:.3g} s"

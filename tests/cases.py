@@ -1,8 +1,6 @@
-"""Problems with known solutions and the float64 oracles that judge them: test_dual.py runs them on the installed
-kernels and on armor.reference, the Triton and CUDA tests on theirs.
-
-A raw `dual` of any backend takes `Problem.raw(dtype)`. Formulas are those of docs/math.md, written out once more
-in NumPy, SciPy or mpmath so that no solver of the package judges itself.
+"""Problems with known solutions and the oracles that judge them: test_dual.py runs them on the installed kernel
+and on armor.reference, the tests of the other backends on theirs. A raw `dual` takes `Problem.raw(dtype)`.
+The formulas are those of docs/math.md, written out once more so that no solver of the package judges itself.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ from typing import NamedTuple
 
 import mpmath
 import numpy as np
+import pytest
 import torch
-from pytest import approx
 from scipy import optimize, special
 
 CODES = {"kl": 0, "alpha": 1, "renyi": 2}
 
-# One member of each family on both sides of every change of formula: f* is a polynomial at alpha = 2 and steepens
-# above; the Rényi exponent (alpha - 1)/alpha changes sign at 1, where the divergence is the reverse KL.
+# One member of each family on both sides of every change of formula: f* is a polynomial at alpha = 2 and
+# steepens above; the Rényi exponent (alpha - 1)/alpha changes sign at 1, where the divergence is reverse KL.
 FAMILIES = [
     ("kl", None),
     ("alpha", 1.5),
@@ -92,12 +90,12 @@ def assert_golden(problem, solution, dtype):
     """Value, lam and weights against the known solution; the value is held to the tolerances of section 3."""
     tight = dtype == torch.float64
     spread = max(problem.losses) - min(problem.losses)
-    assert solution.value.item() == approx(problem.value, rel=1e-12 if tight else 1e-6, abs=0)
+    assert solution.value.item() == pytest.approx(problem.value, rel=1e-12 if tight else 1e-6, abs=0)
     # The value is flat at the optimum, so the multiplier and the weights carry about half of its digits.
-    assert solution.lam.item() == approx(problem.lam, rel=1e-6 if tight else 1e-5, abs=1e-9 * spread)
+    assert solution.lam.item() == pytest.approx(problem.lam, rel=1e-6 if tight else 1e-5, abs=1e-9 * spread)
     known = torch.tensor(problem.weights, dtype=torch.float64)
     torch.testing.assert_close(solution.weights.cpu().double(), known, rtol=0, atol=1e-7 if tight else 1e-6)
-    assert solution.weights.double().sum().item() == approx(1, abs=1e-12 if tight else 1e-6)
+    assert solution.weights.double().sum().item() == pytest.approx(1, abs=1e-12 if tight else 1e-6)
 
 
 def golden() -> list[Problem]:

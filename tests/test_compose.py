@@ -10,24 +10,23 @@ import textwrap
 
 import pytest
 import torch
-from armor.losses import DCLoss, LearnedDual
-from armor.ops import dc_loss
 from cases import CODES
 from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from armor.losses import DCLoss, LearnedDual
+from armor.ops import dc_loss
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# One option of each family, and what each adds to the graph: nothing, costs, and the clean branch beside them.
 OPTIONS = [
     {"divergence": "kl", "radius": 0.1},
     {"divergence": "alpha", "alpha": 2.0, "radius": 0.1, "kappa": 0.2},
     {"divergence": "renyi", "alpha": 1.25, "radius": 0.05},
 ]
-GIVEN = ["losses", "costs", "clean"]
 options = pytest.mark.parametrize("options", OPTIONS, ids=lambda option: option["divergence"])
-given = pytest.mark.parametrize("given", GIVEN)
+given = pytest.mark.parametrize("given", ["losses", "costs", "clean"])
 
 
 def rows(given, shape=(3, 8), dtype=torch.float32, seed=0, requires_grad=False):
@@ -56,7 +55,7 @@ def strided(tensor, layout):
     return tensor.repeat_interleave(2, 1)[:, ::2]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # registration
 
 
@@ -100,7 +99,7 @@ def test_fake_tensors_of_both_devices():
             assert value.shape == (4,)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # torch.compile and export
 
 
@@ -116,25 +115,27 @@ def test_compiled_gradients(options, given):
         assert torch.equal(one.grad, other.grad)
 
 
+@options
+def test_compiled_without_gradients(options):
+    # Evaluation takes another road through torch.compile than training does.
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    losses = rows("losses")[0]
+    assert torch.equal(compiled(losses, **options), call(losses, **options))
+    with torch.no_grad():
+        assert torch.equal(compiled(losses.requires_grad_(), **options), call(losses, **options))
+
+
 def test_one_dynamic_graph_serves_every_batch():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     for shape in [(3, 8), (5, 31), (2, 128), (16, 9)]:
         losses, costs, _ = rows("costs", shape)
         torch.testing.assert_close(compiled(losses, costs, radius=0.1), call(losses, costs, radius=0.1))
-    assert counter.frame_count == 1
-
-
-def test_a_radius_schedule_does_not_recompile():
-    # A Python float that changes from step to step becomes a symbol at its first change, not a graph for each.
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(call, fullgraph=True, backend=counter)
-    losses = rows("losses")[0]
-    for radius in (0.1, 0.2, 0.3, 0.4, 0.5):
-        torch.testing.assert_close(compiled(losses, radius=radius), call(losses, radius=radius))
-    assert counter.frame_count <= 2
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 4
 
 
 # The whole of the default backend in a fresh process, as a user runs it: anything logged is a defect.
@@ -178,7 +179,9 @@ def test_training_step_compiles_without_a_word(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", [DCLoss(radius=0.1), LearnedDual(radius=0.1, divergence="alpha", alpha=2.0)], ids=["DCLoss", "LearnedDual"]
+    "module",
+    [DCLoss(radius=0.1), LearnedDual(radius=0.1, divergence="alpha", alpha=2.0)],
+    ids=["DCLoss", "LearnedDual"],
 )
 def test_export(module):
     losses, costs, _ = rows("costs", (8,))
@@ -188,7 +191,7 @@ def test_export(module):
     torch.testing.assert_close(program.module()(losses, costs), module(losses, costs), rtol=1e-12, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # torch.func
 
 
@@ -205,7 +208,9 @@ def test_vmap(options, given):
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0), (2, None)])
 def test_vmap_over_some_inputs(in_dims):
     losses = torch.randn(4, 8, 6) if in_dims[0] is not None else torch.randn(3, 8)
-    costs = 0.05 * torch.rand(losses.shape[in_dims[0] or 0] if in_dims[0] is not None else 6, *_rest(losses, in_dims))
+    costs = 0.05 * torch.rand(
+        losses.shape[in_dims[0] or 0] if in_dims[0] is not None else 6, *_rest(losses, in_dims)
+    )
     costs = costs if in_dims[1] == 0 else costs[0]
     mapped = func.vmap(lambda loss, cost: dc_loss(loss, cost, radius=0.1), in_dims=in_dims)(losses, costs)
     for i in range(mapped.shape[0]):
@@ -273,7 +278,7 @@ def test_per_sample_gradients_of_a_model():
             torch.testing.assert_close(one[i], other, rtol=1e-10, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the rest of a training loop
 
 

@@ -1,5 +1,5 @@
-"""The modules of armor.losses and `dc_objective`: the exact module is `dc_loss`, and the objective at given duals is
-an upper bound of it that touches at the optimum, with all of its slopes there (docs/math.md, section 1).
+"""The modules of armor.losses and `dc_objective`: the exact module is `dc_loss`, and the objective at given duals
+is an upper bound of it that touches at the optimum, with all of its slopes there (docs/math.md, section 1).
 """
 
 import copy
@@ -9,14 +9,16 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
-from armor.losses import DCLoss, LearnedDual
-from armor.ops import DualResult, Status, dc_loss, dc_objective
 from cases import FAMILIES, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest import approx
 
-families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f[0] if f[1] is None else f"{f[0]}-{f[1]:g}")
+from armor.losses import DCLoss, LearnedDual
+from armor.ops import DualResult, Status, dc_loss, dc_objective
+
+families = pytest.mark.parametrize(
+    "family", FAMILIES, ids=lambda f: f[0] if f[1] is None else f"{f[0]}-{f[1]:g}"
+)
 forms = pytest.mark.parametrize("form", ["losses", "costs", "clean", "kappa"])
 
 
@@ -34,7 +36,7 @@ def problem_of(family, form, seed=3):
 
 
 def smooth_problem_of(family, form):
-    """One whose optimal mu is not where a sample changes branch: the objective has a kink there, and no slope."""
+    """A row whose optimal mu is not where a sample changes branch: the objective has no slope there."""
     for seed in range(3, 20):
         problem = problem_of(family, form, seed)
         if form != "clean":
@@ -57,7 +59,7 @@ def objective(problem, lam, nu, tensors=None):
     return dc_objective(losses, lam, nu, costs, clean_losses=clean, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # dc_objective
 
 
@@ -67,7 +69,7 @@ def test_objective_at_the_exact_duals_is_the_value(family, form):
     problem = problem_of(family, form)
     value, dual = exact(problem)
     assert dual.status == Status.CONVERGED
-    assert objective(problem, dual.lam, dual.nu).item() == approx(value.item(), rel=1e-12)
+    assert objective(problem, dual.lam, dual.nu).item() == pytest.approx(value.item(), rel=1e-12)
 
 
 @families
@@ -83,7 +85,7 @@ def test_slopes_at_the_exact_duals(family, form):
     bound = objective(problem, lam, nu, given).sum()
     slopes = torch.autograd.grad(bound, [lam, *([] if family[0] == "kl" else [nu]), *tensors])
     for slope in slopes[: -len(tensors)]:
-        assert slope.item() == approx(0, abs=2e-6 * max(1.0, dual.lam.item()))
+        assert slope.item() == pytest.approx(0, abs=2e-6 * max(1.0, dual.lam.item()))
     for one, other in zip(slopes[-len(tensors) :], expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
@@ -118,10 +120,10 @@ def test_objective_in_closed_form():
     # chi-square: f*(y) = y_+^2 / 2 + 1/2 and three losses, worked by hand at lam = 2, nu = 0
     losses = torch.tensor([-1.0, 2.0, 4.0], dtype=torch.float64)
     value = dc_objective(losses, 2.0, 0.0, radius=0.1, divergence="alpha", alpha=2.0)
-    assert value.item() == approx(2 * (0.1 + (0 + 1 / 2 + 4 / 2) / 3 + 1 / 2), rel=1e-15)
+    assert value.item() == pytest.approx(2 * (0.1 + (0 + 1 / 2 + 4 / 2) / 3 + 1 / 2), rel=1e-15)
     # KL: lam * (radius + log mean exp), here of exp(0) and exp(log 3)
     value = dc_objective(torch.tensor([0.0, 2 * math.log(3)], dtype=torch.float64), 2.0, radius=0.1)
-    assert value.item() == approx(2 * (0.1 + math.log(2)), rel=1e-15)
+    assert value.item() == pytest.approx(2 * (0.1 + math.log(2)), rel=1e-15)
 
 
 def test_renyi_objective_is_infinite_up_to_the_largest_score():
@@ -133,7 +135,9 @@ def test_renyi_objective_is_infinite_up_to_the_largest_score():
 
 
 def test_objective_has_second_derivatives():
-    losses = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    losses = torch.randn(
+        6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     duals = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.9, -1.3)]
 
     def bound(losses, lam, nu):
@@ -151,7 +155,7 @@ def test_objective_of_many_rows(family):
     along_columns = objective(problems[0], lam, nu, [*tensors, None])
     for i, problem in enumerate(problems):
         alone = objective(replace(problem), lam[i], nu[i])
-        assert together[i].item() == along_columns[i].item() == approx(alone.item(), rel=1e-14)
+        assert together[i].item() == along_columns[i].item() == pytest.approx(alone.item(), rel=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,7 @@ def test_objective_refuses(error, words, changed):
         dc_objective(**{"losses": torch.ones(3), "lam": 1.0, "radius": 0.1, **changed})
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # DCLoss
 
 
@@ -230,7 +234,7 @@ def test_modules_refuse_when_they_are_built(module, words, options):
         module(**options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # LearnedDual
 
 
@@ -258,8 +262,8 @@ def test_the_published_starting_values():
     assert module.nu.item() == 1
     assert {name for name, _ in module.named_parameters()} == {"log_lam", "nu"}
     assert {name for name, _ in LearnedDual(0.1).named_parameters()} == {"log_lam"}
-    assert LearnedDual(0.1, "alpha", alpha=2.0, lam=3.0, nu=-0.35).lam.item() == approx(3, rel=1e-6)
-    assert LearnedDual(0.1, "alpha", alpha=2.0, lam=3.0, nu=-0.35).nu.item() == approx(-0.35, rel=1e-6)
+    assert LearnedDual(0.1, "alpha", alpha=2.0, lam=3.0, nu=-0.35).lam.item() == pytest.approx(3, rel=1e-6)
+    assert LearnedDual(0.1, "alpha", alpha=2.0, lam=3.0, nu=-0.35).nu.item() == pytest.approx(-0.35, rel=1e-6)
 
 
 def test_starting_value_of_the_objective():
@@ -276,11 +280,11 @@ def test_learned_duals_at_the_optimum(family, form):
     module = at_the_optimum(problem)
     losses, costs, clean = problem.tensors()
     bound = module(losses, costs, clean)
-    assert bound.item() == approx(value.item(), rel=1e-11)
+    assert bound.item() == pytest.approx(value.item(), rel=1e-11)
     bound.sum().backward()
-    assert module.log_lam.grad.item() == approx(0, abs=2e-6 * dual.lam.item())
+    assert module.log_lam.grad.item() == pytest.approx(0, abs=2e-6 * dual.lam.item())
     if module.nu is not None:
-        assert module.nu.grad.item() == approx(0, abs=2e-6 * dual.lam.item())
+        assert module.nu.grad.item() == pytest.approx(0, abs=2e-6 * dual.lam.item())
 
 
 @settings(max_examples=100)
@@ -299,7 +303,9 @@ def test_descent_reaches_the_exact_value(family):
     value, _ = exact(problem)
     module = LearnedDual(problem.radius, *family, kappa=problem.kappa).double()
     losses = problem.tensors()[0]
-    optimiser = torch.optim.LBFGS(module.parameters(), max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
+    optimiser = torch.optim.LBFGS(
+        module.parameters(), max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10
+    )
 
     def closure():
         optimiser.zero_grad()
@@ -308,7 +314,7 @@ def test_descent_reaches_the_exact_value(family):
         return bound
 
     optimiser.step(closure)
-    assert module(losses).item() == approx(value.item(), rel=1e-6)
+    assert module(losses).item() == pytest.approx(value.item(), rel=1e-6)
 
 
 def test_two_optimisers_train_a_model_and_its_duals():
@@ -337,7 +343,7 @@ def test_state_dict_round_trip(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "duals.pt"))
     losses = torch.tensor([1.0, 2.0, 4.0])
     assert torch.equal(other(losses), module(losses))
-    assert other.lam.item() == approx(0.7, rel=1e-6)
+    assert other.lam.item() == pytest.approx(0.7, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

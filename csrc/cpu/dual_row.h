@@ -129,7 +129,7 @@ struct RowLoops {
   template <bool kExponential, bool kCosts>
   static Sums sums_of(const Row<T>& row, int64_t begin, int64_t end, const Point& p) {
     using namespace simd;
-    Vec w_{}, wz{}, wzg{}, wzzg{}, wd{}, wdg{}, wzdg{}, wddg{}, z_min{}, d_min{};
+    Vec w_{}, wz{}, wzg{}, wzzg{}, wd{}, wdg{}, wzdg{}, wddg{}, z_min{}, d_min{}, z_out = splat(-kInf);
     for_vectors(begin, end, [&](int64_t i, int count) ARMOR_INLINE_LAMBDA {
       const Sample s = sample(row, i, count, p.mu);
       Mask here = first_lanes(count);
@@ -147,6 +147,7 @@ struct RowLoops {
       wzzg += wzi * zg;
       if constexpr (!kExponential) {
         wzg += w * zg;
+        z_out = here & (w == 0.0) ? max(z_out, z) : z_out;
         const Mask lower = (z < z_min) & (w > 0.0);
         z_min = lower ? z : z_min;
         if constexpr (kCosts) d_min = lower ? d : d_min;
@@ -164,8 +165,10 @@ struct RowLoops {
     out.w = total(w_), out.wz = total(wz), out.wzzg = total(wzzg);
     out.wzg = kExponential ? out.wz : total(wzg);
     out.wd = total(wd), out.wdg = total(wdg), out.wzdg = total(wzdg), out.wddg = total(wddg);
-    for (int lane = 0; lane < kLanes; ++lane)
+    for (int lane = 0; lane < kLanes; ++lane) {
       if (z_min[lane] < out.z_min) out.z_min = z_min[lane], out.d_min = d_min[lane];
+      out.z_out = std::fmax(out.z_out, z_out[lane]);
+    }
     return out;
   }
 };

@@ -233,7 +233,8 @@ class Worker {
       const double w = tilt(z, p, slope), zg = z * slope, dg = d * slope;
       mine.w += w, mine.wz += w * z, mine.wzg += w * zg, mine.wzzg += w * z * zg;
       mine.wd += w * d, mine.wdg += w * dg, mine.wzdg += w * z * dg, mine.wddg += w * d * dg;
-      if (z < mine.z_min && w > 0.0) mine.z_min = z, mine.d_min = d;
+      if (w == 0.0) mine.z_out = fmax(mine.z_out, z);
+      else if (z < mine.z_min) mine.z_min = z, mine.d_min = d;
     });
     return group.reduce(mine);
   }

@@ -38,12 +38,14 @@ struct Top {
 struct Sums {
   double w = 0.0, wz = 0.0, wzg = 0.0, wzzg = 0.0;
   double wd = 0.0, wdg = 0.0, wzdg = 0.0, wddg = 0.0;  // stay zero without costs
-  double z_min = 0.0, d_min = 0.0;                     // the smallest z whose weight is not zero, and its d
+  double z_min = 0.0, d_min = 0.0;  // the smallest z whose weight is not zero, and its d
+  double z_out = -kInf;             // the largest z whose weight is zero
 
   ARMOR_FN void add(const Sums& o) {
     w += o.w, wz += o.wz, wzg += o.wzg, wzzg += o.wzzg;
     wd += o.wd, wdg += o.wdg, wzdg += o.wzdg, wddg += o.wddg;
     if (o.z_min < z_min) z_min = o.z_min, d_min = o.d_min;
+    z_out = fmax(z_out, o.z_out);
   }
 };
 
@@ -226,7 +228,7 @@ class DualSolver {
     }
     if (fabs(off.value) <= 0.3) {
       const double t = clamp(step, -5.0, 5.0);
-      x_next = bracket.next(towards_truncation(s, t, y_curve + dy_dx * t));
+      x_next = bracket.next(t < 0.0 ? across_truncation(s, t, r, slope) : towards_truncation(s, t, y_curve + dy_dx * t));
     }
     return go(x_next, clamp(y_curve + dy_dx * (x_next - x), fmax(y_min, y - 6.0), fmin(y_max, y + 6.0)));
   }
@@ -285,6 +287,16 @@ class DualSolver {
     const double z_next = s.z_min - (s.d_min == 0.0 ? 0.0 : (exp(y_next) - mu) * s.d_min);
     const double u_next = factor > 0.0 ? u * exp(k * log(factor)) : 0.0;
     return u_next > 0.0 && u_next < 1.0 && z_next < 0.0 ? log((u_next - 1.0) / (k * z_next)) : x + t;
+  }
+
+  // The same going left, where the step meets the sample that comes back first: its weight lowers the log form r, whose
+  // slope is d r / dx, by weight / (n k s0), so the weight that the root needs, and with it b, is known beforehand.
+  ARMOR_FN double across_truncation(const Sums& s, double t, double r, double slope) const {
+    const double k = p.family.k, without = towards_truncation(s, t, y);
+    if (!(k > 1.0 && s.z_out > -kInf) || p.costs) return without;
+    const double at = -log(-k * s.z_out), weight = (r + slope * (at - x) - target) * row.n * k * s0;
+    if (without > at || !(weight < 1.0)) return without;
+    return weight > 0.0 ? at + log1p(-exp(k * log(weight))) : at;
   }
 
   // Where the tangents meet is the least value the dual function can still have between them.
