@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armor_kernels.launch import block_of, contiguous, device_guard
 
-MAX_ROUNDS = tl.constexpr(120)
+MAX_ROUNDS = tl.constexpr(400)
 INF = tl.constexpr(float("inf"))
 NO_DUAL = tl.constexpr(1e-13)  # with costs, mu = 1e-13 of the range stands for zero
 TINY = tl.constexpr(1e-290)  # a smaller range counts as none
@@ -191,7 +191,7 @@ def _closed(bracket):
 @triton.jit
 def _exhausted(bracket):
     scale = tl.where(_closed(bracket), tl.abs(bracket[1]), 0.0)
-    return bracket[1] - bracket[0] <= 4e-16 * tl.maximum(scale, 1.0)
+    return bracket[1] - bracket[0] <= 1e-15 * tl.maximum(scale, 1.0)
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def _sample(losses, costs, clean, cols, here, unit, max_unit, inverse, mu, COSTS
     cost = tl.zeros_like(v)
     if COSTS:
         cost = tl.load(costs + cols, mask=here, other=0.0).to(tl.float64)
-        v -= mu * cost
+        v = tl.where(cost < INF, v - mu * cost, -INF)
     if CLEAN:
         kept = tl.load(clean + cols, mask=here, other=0.0).to(tl.float64)
         kept = tl.where(here, (kept * unit - max_unit) * inverse, -INF)
@@ -239,6 +239,11 @@ def _sample(losses, costs, clean, cols, here, unit, max_unit, inverse, mu, COSTS
         v = tl.where(moved, v, kept)
         cost = tl.where(moved, cost, 0.0)
     return v, cost
+
+
+@triton.jit
+def _count(mask):
+    return tl.sum(tl.where(mask, 1.0, 0.0).to(tl.float64), 0)
 
 
 @triton.jit
@@ -391,9 +396,10 @@ def _tangents_meet(left, right):
 
 
 @triton.jit
-def _tangents_agree(left, right, tolerance, CLEAN: tl.constexpr):
+def _kink_resolved(left, right, value, tolerance, CLEAN: tl.constexpr):
     least = left[1] + left[2] * (_tangents_meet(left, right) - left[0])
-    return CLEAN & (tl.minimum(left[1], right[1]) - least <= 1e-3 * tolerance)
+    known = (left[0] > 0.0) & (right[0] > 0.0)
+    return CLEAN & known & (value - least <= tl.maximum(1e-3 * tolerance, 1e-15))
 
 
 @triton.jit
@@ -431,12 +437,15 @@ def _dual(
     count = zero + n
 
     # The first look (struct Scan): extremes, moments, and entries that are not finite.
-    first = tl.load(losses).to(tl.float64)
+    origin = tl.load(losses).to(tl.float64)
+    origin = tl.where(tl.abs(origin) < INF, origin, 0.0)
     max_loss = zero - INF
     min_loss = zero + INF
+    usable = zero
     ties = zero
     total = zero
     squares = zero
+    cubes = zero
     cost_sum = zero
     nans = zero
     pluses = zero
@@ -445,32 +454,39 @@ def _dual(
     for start in range(0, n, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         here = cols < n
+        inside = here
         loss = tl.load(losses + cols, mask=here, other=0.0).to(tl.float64)
         low = loss
         bad = (loss != loss) | (tl.abs(loss) == INF)
         if COSTS:
             cost = tl.load(costs + cols, mask=here, other=0.0).to(tl.float64)
-            cost_sum += tl.sum(cost, 0)
-            bad = bad | ((cost > -INF) == 0)  # cost = +inf is allowed: the sample cannot move there
-        if CLEAN:
-            kept = tl.load(clean + cols, mask=here, other=0.0).to(tl.float64)
-            bad = bad | (kept != kept) | (tl.abs(kept) == INF)
-            low = tl.minimum(loss, kept)
-            loss = tl.maximum(loss, kept)
-        entry = _entry(losses, costs, clean, cols, here, COSTS, CLEAN)
-        odd += tl.sum(tl.where(here & bad, 1.0, 0.0).to(tl.float64), 0)
-        nans += tl.sum(tl.where(here & (entry != entry), 1.0, 0.0).to(tl.float64), 0)
-        pluses += tl.sum(tl.where(here & (entry == INF), 1.0, 0.0).to(tl.float64), 0)
-        minuses += tl.sum(tl.where(here & (entry == -INF), 1.0, 0.0).to(tl.float64), 0)
+            barred = (cost == INF) & (loss == loss)
+            bad = (barred == 0) & (bad | (cost != cost) | (tl.abs(cost) == INF))
+            cost_sum += tl.sum(tl.where(here & (barred == 0), cost, 0.0), 0)
+            if CLEAN:
+                kept = tl.load(clean + cols, mask=here, other=0.0).to(tl.float64)
+                loss = tl.where(barred, kept, loss)
+                bad = bad | (kept != kept) | (tl.abs(kept) == INF)
+                low = tl.minimum(loss, kept)
+                loss = tl.maximum(loss, kept)
+            else:
+                here = here & (barred == 0)
+        entry = _entry(losses, costs, clean, cols, inside, COSTS, CLEAN)
+        odd += _count(inside & bad)
+        nans += _count(inside & (entry != entry))
+        pluses += _count(inside & (entry == INF))
+        minuses += _count(inside & (entry == -INF))
         top = tl.max(tl.where(here, loss, -INF), 0)
-        at_top = tl.sum(tl.where(here & (loss == top), 1.0, 0.0).to(tl.float64), 0)
+        at_top = _count(here & (loss == top))
         ties = tl.where(top > max_loss, at_top, tl.where(top == max_loss, ties + at_top, ties))
         max_loss = tl.maximum(max_loss, top)
         min_loss = tl.minimum(min_loss, tl.min(tl.where(here, low, INF), 0))
-        centred = tl.where(here, loss - first, 0.0)
+        usable += _count(here)
+        centred = tl.where(here, loss - origin, 0.0)
         total += tl.sum(centred, 0)
         squares += tl.sum(centred * centred, 0)
-    finite = (odd == 0.0) & (minuses < count)  # or no sample may be used
+        cubes += tl.sum(centred * centred * centred, 0)
+    finite = (odd == 0.0) & (usable > 0.0)
 
     # Scaling and moments (class RowSolver)
     unit = tl.where(max_loss - min_loss < INF, 1.0, 0.5).to(tl.float64)
@@ -478,19 +494,22 @@ def _dual(
     spread = max_unit - min_loss * unit
     equal = spread < TINY
     inverse = tl.where(equal, 1.0, 1.0 / spread)
-    scale = tl.where(equal, 1.0, spread) / unit
-    mean_loss = total / count
-    deviation = tl.sqrt(tl.maximum(squares / count - mean_loss * mean_loss, 0.0)) / scale
+    spread = tl.where(equal, 1.0, spread)
+    mean_loss = total / usable
+    scaled_mean = ((mean_loss + origin) * unit - max_unit) * inverse
+    variance = tl.maximum(squares / usable - mean_loss * mean_loss, 0.0)
+    deviation = tl.sqrt(variance) * unit * inverse
     least_std = zero + 1e-3 if COSTS else 0.5 / tl.sqrt(count)
-    std = tl.maximum(deviation, least_std)
-    kappa_s = kappa / scale
+    std = _clamp(deviation, least_std, 0.5)
+    kappa_s = kappa * unit * inverse
     # DualSolver's constructor
     target = _to_log_form(radius, k, KIND)
     pace = _pace(k)
-    binds = (target < _largest_log_form(count, ties, k)) | COSTS
+    largest = _largest_log_form(count, ties, k)
+    binds = (target < largest - 1e-14 * tl.minimum(largest, 1e300)) | COSTS
     y_min = tl.log(tl.maximum(kappa_s, NO_DUAL)) if COSTS else tl.log(kappa_s)
-    y_max = tl.maximum(tl.log(max_dual / scale), y_min) if COSTS else zero + INF
-    mean_cost = zero + INF if CLEAN else cost_sum / count
+    y_max = tl.maximum(tl.log(max_dual * unit * inverse), y_min) if COSTS else zero + INF
+    mean_cost = zero + INF if CLEAN else cost_sum / usable
     budget0 = _to_log_form(radius - tl.minimum(mean_cost, 0.7 * radius), k, KIND) if COSTS else target
     start_b = tl.sqrt(2.0 * budget0) / std
     if KIND == 2:
@@ -506,13 +525,26 @@ def _dual(
     mu = tl.exp(y)
 
     trivial = (binds == 0) & (kappa_s == 0.0)
-    searching = ((radius == 0.0) | equal) == 0 if not COSTS else count > 0.0
+    # RowSolver::nearly_uniform
+    b_radius = tl.sqrt(2.0 * radius) / deviation
+    b_small = tl.minimum(b_radius, 1.0 / kappa_s)
+    near = (b_small < 3e-5) & (deviation < INF) & (radius > 0.0) & (equal == 0)
+    third = cubes / count - mean_loss * (3.0 * variance + mean_loss * mean_loss)
+    skew = third / variance / tl.sqrt(variance)
+    asymmetry = tl.where(skew == skew, (1.0 - k) * skew / 6.0, 0.0)
+    bent = b_small * deviation
+    near_value = scaled_mean + 0.5 * bent * deviation + asymmetry * bent * bent * deviation
+    near_value += tl.where(b_small == b_radius, (1.0 / b_small - kappa_s) * radius, 0.0)
+    second = deviation * deviation + scaled_mean * scaled_mean
+    near_mass = count * (1.0 + b_small * scaled_mean + 0.5 * (1.0 - k) * b_small * b_small * second)
+    searching = ((radius == 0.0) | equal | near) == 0 if not COSTS else count > 0.0
     done = (finite == 0) | (searching == 0) | trivial
     converged = trivial
     s0 = zero + 1.0
     mean = zero
     divergence = zero
     top_v = zero
+    top_loss = zero
     top_cost = zero
     step = zero
     off = zero
@@ -548,6 +580,7 @@ def _dual(
         mean_zg = wzg / w
         mean_dg = wdg / w
         optimal = _optimal_mu(b, s0, mean, k, KIND)
+        top_loss = top_v + mu * top_cost
         if not COSTS:
             mu = optimal
             y = tl.log(mu)
@@ -595,24 +628,25 @@ def _dual(
             converged = balanced | at_floor | at_ceiling
             if (converged == 0) & (met | ((nested_rounds < 40) & (tl.abs(off) <= 0.3))):
                 ratio = tl.abs(tl.log(tl.maximum(spent, 1e-300) / radius))
-                sure = (spent > 0.0) & (tl.abs(off) <= 0.1) & (off * off <= 0.1 * ratio)
+                sure = (CLEAN == 0) & (spent > 0.0) & (tl.abs(off) <= 0.1) & (off * off <= 0.1 * ratio)
                 if met | sure:
-                    power_mean = s0 * (1.0 + k * b * mean)
-                    here = top_v + _objective(mu, b, radius, s0, power_mean, k, KIND)
+                    outer = _tighten(outer, y, tl.sqrt(radius) - tl.sqrt(tl.maximum(spent, 0.0)))
+                if met:
+                    here = top_v + _objective(mu, b, radius, s0, s0 * (1.0 + k * b * mean), k, KIND)
                     if excess > 0.0:
                         left = (mu, here, radius - budget)
                     else:
                         right = (mu, here, radius - budget)
-                    outer = _tighten(outer, y, tl.sqrt(radius) - tl.sqrt(tl.maximum(spent, 0.0)))
-                    agree = _exhausted(outer) | _tangents_agree(left, right, tolerance, CLEAN)
-                    converged = met & _closed(outer) & agree
+                    resolved = _exhausted(outer) | _kink_resolved(left, right, here, tolerance, CLEAN)
+                    converged = _closed(outer) & resolved
                 dy = tl.where(excess > 0.0, 3.0, -3.0).to(tl.float64)
                 newton_dy = 2.0 * (tl.sqrt(tl.maximum(radius * spent, 0.0)) - spent) / slope
                 dy = tl.where((slope < 0.0) & (spent > 0.0), _clamp(newton_dy, -3.0, 3.0), dy)
                 newton = _clamp(y + dy, y_min, y_max)
                 inside = (outer[0] < newton) & (newton < outer[1])
                 meet = tl.log(tl.maximum(_tangents_meet(left, right), 0.0))
-                candidate = tl.where(inside | (_closed(outer) == 0), newton, meet)
+                known = (left[0] > 0.0) & (right[0] > 0.0)
+                candidate = tl.where(inside | (known == 0), newton, meet)
                 y_next, outer = _next(outer, candidate)
                 y_next = _clamp(y_next, y_min, y_max)
             if nested_rounds == 40:
@@ -704,28 +738,31 @@ def _dual(
     status = tl.where(active == CEILING, MAX_DUAL, tl.where(saturated, SATURATED, CONVERGED))
     status = tl.where(converged, status, NOT_CONVERGED)
     m = tl.where(converged & saturated, 0.0, m)
+    scaled_value = tl.where(converged & saturated, top_loss, scaled_value)
     mass = s0 * count
 
     # RowSolver: rows without a search
     uniform = searching == 0
-    flat_value = tl.where(equal, 0.0, (mean_loss + first - max_loss) / scale)
+    flat_value = tl.where(equal, 0.0, tl.where(near, near_value, scaled_mean))
+    flat_m = tl.where(equal, kappa_s, tl.where(near, 1.0 / b_small, INF))
     scaled_value = tl.where(uniform, flat_value, tl.where(trivial, 0.0, scaled_value))
-    m = tl.where(uniform, tl.where(equal, kappa_s, INF), tl.where(trivial, 0.0, m))
+    m = tl.where(uniform, flat_m, tl.where(trivial, 0.0, m))
     flat_status = tl.where(equal & (kappa == 0.0), SATURATED, CONVERGED)
     status = tl.where(uniform, flat_status, tl.where(trivial, SATURATED, status))
-    b = tl.where(uniform, 0.0, b)
+    b = tl.where(uniform, tl.where(near, b_small, 0.0), b)
     on_top = trivial & (uniform == 0)
-    mass = tl.where(uniform, count, tl.where(on_top, ties, mass))
-    raw_mu = m * scale
-    top = max_loss + top_v * scale
+    flat_mass = tl.where(near, near_mass, count)
+    mass = tl.where(uniform, flat_mass, tl.where(on_top, ties, mass))
+    raw_mu = m * spread / unit
+    top = (max_unit + top_v * spread) / unit
     potential = tl.where(raw_mu < INF, top / raw_mu, 0.0)
     if KIND == 0:
-        nu = potential + tl.where(uniform | on_top, 0.0, tl.log(mass / count))
+        nu = potential + tl.where(on_top, 0.0, tl.log(mass / count))
     else:
         flat = (raw_mu == INF) | (b == 0.0)
-        nu = tl.where(flat, potential - 1.0 / k, (top - scale / (k * b)) / raw_mu)
+        nu = tl.where(flat, potential - 1.0 / k, (top - spread / (unit * k * b)) / raw_mu)
     nu = tl.where(raw_mu == 0.0, tl.where(top > 0.0, INF, tl.where(top < 0.0, -INF, 0.0)), nu)
-    value = max_loss + scaled_value * scale
+    value = (max_unit + scaled_value * spread) / unit
     lam = tl.maximum(raw_mu - kappa, 0.0)
 
     # Rows that are not finite: NaN wins over +inf, and +inf over -inf

@@ -1,5 +1,5 @@
-"""Problems with known solutions and the oracles that judge them: test_dual.py runs them on the installed kernel
-and on armor.reference, the tests of the other backends on theirs. A raw `dual` takes `Problem.raw(dtype)`.
+"""Problems with known solutions and the oracles that judge them: test_dual.py runs them on the installed
+kernel and on armor.reference, the tests of the other backends on theirs. A raw `dual` takes `Problem.raw()`.
 The formulas are those of docs/math.md, written out once more so that no solver of the package judges itself.
 """
 

@@ -181,9 +181,10 @@ def test_config_file_and_override(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--data", "cifar11"], "cifar11"),
-        (["--epochs", "many"], "epochs"),
-        (["--epoch", "3"], "epoch"),
+        (["--data", "cifar11"], "data must be one of 'digits', 'mnist', 'fashion-mnist', got 'cifar11'"),
+        (["--settings", "tail"], "must be list or one of 'long-tail', 'balanced', 'label-noise', got 'tail'"),
+        (["--epochs", "many"], "epochs must be int, got 'many'"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--attack.eps", "1.5"], "attack.eps must lie in [0, 1] because pixels do, got '1.5'"),
         (["--dual.radius=-1"], "radius"),
         (["--data", "mnist"], "data mnist needs --data-dir, the folder with its four idx files: `npm pack"),

@@ -1,5 +1,5 @@
-"""The D^c dual on the installed CPU kernel and on the float64 reference: golden cases, the properties of section
-1 of docs/math.md, every edge of section 3, and the public `dc_loss` around them.
+"""The D^c dual on the installed CPU kernel and on the float64 reference: golden cases, the properties of
+section 1 of docs/math.md, every edge of section 3, and the public `dc_loss` around them.
 """
 
 import math
@@ -80,8 +80,8 @@ def test_two_points_in_closed_form(backend):
     assert solution.lam.item() == pytest.approx(4 / math.log(3), rel=1e-8)
 
 
-# Sizes: less than a vector register, one sample more than two, an odd size, and a power of two that fills whole
-# blocks. SciPy's bounded search leaves a kink of the clean fallback at 1e-10 of the value.
+# Sizes: less than a vector register, one sample more than two, an odd size, and a power of two that fills
+# whole blocks. SciPy's bounded search leaves a kink of the clean fallback at 1e-10 of the value.
 @families
 @pytest.mark.parametrize("n", [3, 17, 257, 4096])
 @pytest.mark.parametrize("kind", ["plain", "costs", "clean", "kappa", "outlier"])
@@ -140,7 +140,7 @@ def problems(draw, with_costs=None, with_clean=False):
 
 
 def slack(problem, of_range=1e-9):
-    """What rounding may do: 1e-12 of the largest loss, and more of the range where weights enter to first order."""
+    """What rounding may do: 1e-12 of the largest loss, and more of the range where weights enter linearly."""
     largest = max(abs(loss) for loss in problem.losses)
     return 1e-12 * largest + of_range * (max(problem.losses) - min(problem.losses))
 
@@ -150,27 +150,59 @@ def slack(problem, of_range=1e-9):
 def test_weights_are_feasible_and_close_the_gap(problem):
     solution = solve(compiled(), problem)
     assume(solution.status != Status.MAX_DUAL)
+    # For alpha > 2 the weight of a sample on the verge of losing it is only known to 1e-16 ** (1 / (alpha - 1)); the
+    # value does not depend on it, the sums over the weights do.
+    cusp = 1e-4 if problem.divergence == "alpha" and problem.alpha > 2 else 0.0
     weights = solution.weights.tolist()
     spent = cases.divergence_of(weights, problem.divergence, problem.alpha)
     if problem.costs is not None:
         spent += math.fsum(w * c for w, c in zip(weights, problem.costs, strict=True))
     assert min(weights) >= 0
     assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
-    assert spent <= problem.radius * (1 + 1e-6) + 1e-14
+    assert spent <= problem.radius * (1 + 1e-6 + cusp) + 1e-14
     primal = (
         math.fsum(w * loss for w, loss in zip(weights, problem.losses, strict=True)) - problem.kappa * spent
     )
-    assert primal == pytest.approx(solution.value.item(), abs=slack(problem, 1e-8))
+    assert primal == pytest.approx(solution.value.item(), abs=slack(problem, 1e-8 + cusp))
     if solution.lam > 1e-6 * slack(problem, 1.0):  # complementary slackness
-        assert spent == pytest.approx(problem.radius, rel=1e-5)
+        assert spent == pytest.approx(problem.radius, rel=1e-5 + cusp)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(problems(with_clean=None))
 def test_agrees_with_the_reference(problem):
     ours, oracle = solve(compiled(), problem), solve(reference.dual, problem)
     assert ours.status == oracle.status
     assert ours.value.item() == pytest.approx(oracle.value.item(), rel=1e-12, abs=slack(problem, 1e-12))
+
+
+# Few samples, where one that changes sides is much of the budget and most optima are kinks, and more of them;
+# a radius that leaves the weights flat, and one that empties some. Transport overspends in every third row.
+@families
+@pytest.mark.parametrize("form", ["losses", "costs", "clean"])
+@pytest.mark.parametrize(("rows", "n", "radius"), [(100, 3, 1e-4), (60, 4, 0.4), (16, 23, 0.03)])
+def test_batches_agree_with_the_reference(family, form, rows, n, radius):
+    generator = torch.Generator().manual_seed(7)
+
+    def uniform():
+        return torch.rand(rows, n, generator=generator, dtype=torch.float64)
+
+    losses = torch.randn(rows, n, generator=generator, dtype=torch.float64)
+    costs = radius * uniform() if form != "losses" else None
+    if form != "losses":
+        costs[::3] *= 3
+    clean = losses - uniform() if form == "clean" else None
+    numbers = Problem([], divergence=family[0], alpha=family[1], radius=radius).numbers()
+    ours, oracle = (
+        cases.Solution(*raw(losses, costs, clean, *numbers)) for raw in (compiled(), reference.dual)
+    )
+    assert torch.equal(ours.status, oracle.status)
+    stopped = ours.status == Status.MAX_DUAL
+    torch.testing.assert_close(ours.value[~stopped], oracle.value[~stopped], rtol=0, atol=5e-12)
+    # There mu is a million, and so is the rounding of the budget.
+    torch.testing.assert_close(ours.value[stopped], oracle.value[stopped], rtol=1e-12, atol=1e-9)
+    if form != "clean":  # a kink has the weights of one of its sides
+        torch.testing.assert_close(ours.weights, oracle.weights, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=100)
@@ -189,7 +221,8 @@ def test_shift_and_scale(problem, scale, shift):
         max_dual=scale * problem.max_dual,
     )
     before, after = solve(compiled(), problem), solve(compiled(), other)
-    assert after.value.item() == pytest.approx(scale * before.value.item() + shift, abs=slack(other))
+    expected = scale * before.value.item() + shift
+    assert after.value.item() == pytest.approx(expected, rel=1e-12, abs=slack(other))
 
 
 @settings(max_examples=100)
@@ -297,6 +330,21 @@ def test_saturation(backend, family, top, nu):
     assert below.value.item() < top
     assert below.lam.item() > 0
     assert below.status == Status.CONVERGED
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if saturation(f, 2, 1) < inf], ids=name_of)
+@pytest.mark.parametrize("n", [2, 3, 7, 10])
+@pytest.mark.parametrize("ulps", [-1, 0, 1])
+def test_at_the_edge_of_saturation(family, n, ulps):
+    # Rounding decides on which side the radius is, and either answer is right.
+    radius = saturation(family, n, 1) * (1 + ulps * 2.0**-52)
+    losses = [0.25 * i for i in range(n - 1)] + [0.25 * n]
+    problem = Problem(losses, divergence=family[0], alpha=family[1], radius=radius)
+    solution = solve(compiled(), problem)
+    assert solution.value.item() == pytest.approx(0.25 * n, rel=1e-12)
+    assert solution.weights.sum().item() == pytest.approx(1, abs=1e-12)
+    assert solution.weights[-1].item() == pytest.approx(1, abs=1e-7)
+    assert solution.status in (Status.CONVERGED, Status.SATURATED)
 
 
 @pytest.mark.parametrize("family", [("renyi", 1.25), ("renyi", 2.95)], ids=name_of)
@@ -518,7 +566,7 @@ def test_large_alpha_in_closed_form(backend):
     solution = solve(backend, Problem([1.0, 1.0, 0.0, 1.0], divergence="alpha", alpha=alpha, radius=radius))
     assert solution.value.item() == pytest.approx(0.75 * share, rel=1e-9)
     # The value is flat in the weights, and these turn from all to nothing within 1e-16 of nu.
-    assert solution.weights.tolist() == pytest.approx([share / 4, share / 4, rest / 4, share / 4], rel=1e-3)
+    assert solution.weights.tolist() == pytest.approx([share / 4, share / 4, rest / 4, share / 4], rel=5e-3)
 
 
 @families

@@ -1,5 +1,5 @@
-"""The modules of armor.losses and `dc_objective`: the exact module is `dc_loss`, and the objective at given duals
-is an upper bound of it that touches at the optimum, with all of its slopes there (docs/math.md, section 1).
+"""The modules of armor.losses and `dc_objective`: the exact module is `dc_loss`, and the objective at given
+duals is an upper bound of it that touches at the optimum, with all its slopes (docs/math.md, section 1).
 """
 
 import copy

@@ -13,8 +13,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from armor.losses import DCLoss
-
+from armor.ops import dc_loss
 from armor.training import (
     AttackConfig,
     ConfigError,
@@ -345,13 +344,13 @@ def test_reweighted_step_descends_the_weighted_loss():
     c = resolve(TrainConfig(lr=0.5, warmup=0.0, dual=DualConfig(radius=0.3, kappa=0.01)))
     x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 10
     state, twin = make_state(c, 3, 5), make_state(c, 3, 5)
-    dual = DCLoss(radius=0.3, kappa=0.01)
-    record = train_step(state, x, y, c, dual)
+    record = train_step(state, x, y, c, c.dual)
 
     # Danskin: the gradient is that of the weighted loss with the worst-case weights held fixed.
     x_adv = pgd(twin.model, x, y, eps=0.1, steps=10, step_size=0.025, generator=twin.noise)
     losses = F.cross_entropy(twin.model(x_adv), y, reduction="none")
-    gradients = torch.autograd.grad((dual.last.weights * losses).sum(), list(twin.model.parameters()))
+    weights = dc_loss(losses, radius=0.3, kappa=0.01, return_dual=True)[1].weights
+    gradients = torch.autograd.grad((weights * losses).sum(), list(twin.model.parameters()))
     for parameter, before, gradient in zip(
         state.model.parameters(), twin.model.parameters(), gradients, strict=True
     ):
@@ -359,7 +358,6 @@ def test_reweighted_step_descends_the_weighted_loss():
     assert record[0] > record[1]  # the worst case lies above the mean
     assert 1 / 12 < record[3] < 1
     # KL(weights | uniform) uses the whole radius, since kappa is far too small to act.
-    weights = dual.last.weights.double()
     assert (weights * (12 * weights).log()).sum().item() == pytest.approx(0.3, abs=1e-4)
 
 

@@ -139,16 +139,15 @@ void solve_row(Row<T> row, const Settings& settings, bool parallel, const Output
   const Scan scan = over_chunks<Scan>(
       n, parallel, [&](int64_t begin, int64_t end) { return loop.scan(row, begin, end); });
   *out.passes = 1;
-  if (scan.defect != 0.0) return answer_nonfinite(row, out);
+  if (scan.defect != 0.0 || scan.usable == 0.0) return answer_nonfinite(row, out);
 
-  RowSolver solver(settings, scan, static_cast<double>(n), row.losses[0]);
+  RowSolver solver(settings, scan, static_cast<double>(n), origin_of(row.losses[0]));
   row.scaling = solver.scaling;
   while (!solver.done) {
     Point point = solver.point;
     if (row.costs)
       point.top = over_chunks<Top>(
           n, parallel, [&](int64_t begin, int64_t end) { return loop.top(row, begin, end, point.mu); });
-    if (point.top.v == -kInf) return answer_nonfinite(row, out);  // no sample may be used
     const Sums sums = over_chunks<Sums>(
         n, parallel, [&](int64_t begin, int64_t end) { return loop.sums(row, begin, end, point); });
     solver.update(sums, point.top);

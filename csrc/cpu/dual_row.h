@@ -5,16 +5,25 @@ struct RowLoops {
   // Extremes, sums and defects of the samples [begin, end).
   static Scan scan(const Row<T>& row, int64_t begin, int64_t end) {
     using namespace simd;
-    const double origin = row.losses[0];
-    Vec top = splat(-kInf), bottom = splat(kInf), ties{}, sum{}, sum_squares{}, cost_sum{}, defect{};
+    const double origin = origin_of(row.losses[0]);
+    Vec top = splat(-kInf), bottom = splat(kInf), ties{}, usable{}, sum{}, sum_squares{}, sum_cubes{}, cost_sum{}, defect{};
     for_vectors(begin, end, [&](int64_t i, int count) ARMOR_INLINE_LAMBDA {
-      const Mask here = first_lanes(count);
+      Mask here = first_lanes(count);
       Vec loss = at(row.losses + i, count, 0.0), low = loss;
-      defect += loss * 0.0;
       if (row.costs) {
         const Vec cost = at(row.costs + i, count, 0.0);
-        cost_sum += cost;
-        defect += cost > -kInf ? Vec{} : cost * 0.0;  // cost = +inf is allowed: the sample cannot move there
+        const Mask barred = (cost == kInf) & (loss == loss);
+        defect += barred ? Vec{} : (loss + cost) * 0.0;
+        cost_sum += here & ~barred ? cost : Vec{};
+        if (row.clean) {
+          const Vec clean = at(row.clean + i, count, 0.0);
+          loss = barred ? clean : loss;
+          low = loss;
+        } else {
+          here &= ~barred;
+        }
+      } else {
+        defect += loss * 0.0;
       }
       if (row.clean) {
         const Vec clean = at(row.clean + i, count, 0.0);
@@ -23,15 +32,17 @@ struct RowLoops {
       }
       bottom = min(bottom, here ? low : splat(kInf));
       loss = here ? loss : splat(-kInf);
-      ties = loss > top ? splat(1.0) : loss == top ? ties + 1.0 : ties;
+      ties = loss > top ? splat(1.0) : here & (loss == top) ? ties + 1.0 : ties;
       top = max(top, loss);
+      usable += here ? splat(1.0) : Vec{};
       const Vec centred = here ? loss - origin : Vec{};
       sum += centred;
       sum_squares += centred * centred;
+      sum_cubes += centred * centred * centred;
     });
     Scan out;
-    out.defect = total(defect), out.cost_sum = total(cost_sum);
-    out.sum = total(sum), out.sum_squares = total(sum_squares);
+    out.defect = total(defect), out.cost_sum = total(cost_sum), out.usable = total(usable);
+    out.sum = total(sum), out.sum_squares = total(sum_squares), out.sum_cubes = total(sum_cubes);
     for (int lane = 0; lane < kLanes; ++lane) out.merge_extremes(top[lane], bottom[lane], ties[lane]);
     return out;
   }
@@ -100,7 +111,7 @@ struct RowLoops {
     Vec v = scaled(row, at(row.losses + i, count, 0.0)), cost{};
     if (row.costs) {
       cost = at(row.costs + i, count, 0.0);
-      v -= mu * cost;
+      v = cost < kInf ? v - mu * cost : splat(-kInf);
     }
     if (row.clean) {
       const Vec clean = scaled(row, at(row.clean + i, count, 0.0));

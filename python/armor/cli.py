@@ -60,8 +60,10 @@ def _train_command(arguments: list[str]) -> int:
         overwrite = fields.pop("overwrite")
         del fields["config"]
         run(TrainConfig(**fields), overwrite=overwrite)
-    except (jsonargparse.ArgumentError, ConfigError) as error:
-        return _say(" ".join(str(error).split()), 2)
+    except jsonargparse.ArgumentError as error:
+        return _say(_sentence(str(error)), 2)
+    except ConfigError as error:
+        return _say(str(error), 2)
     except JobError as error:
         traceback.print_exception(error.__cause__)
         return _say(str(error), 1)
@@ -80,6 +82,17 @@ def _info() -> int:
 def _underscored(argument: str) -> str:
     """--data-dir for --data_dir: jsonargparse takes only the field's own spelling."""
     return re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
+
+
+def _sentence(message: str) -> str:
+    """jsonargparse's report of a value of the wrong type in a user's words; other messages on one line."""
+    message = " ".join(message.split())
+    wrong = re.fullmatch(r'Parser key "(.+?)": (.*) (?:Got|Given) value: (.*)', message)
+    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.+?)\])", message)
+    if not wrong or not expected:
+        return message
+    kinds = [name or f"one of {choices}" for name, choices in expected if name != "NoneType"]
+    return f"{wrong[1]} must be {' or '.join(dict.fromkeys(kinds))}, got {wrong[3]!r}"
 
 
 def _say(sentence: str, status: int) -> int:

@@ -21,7 +21,7 @@ struct Problem {
 // What is known of a row before its first evaluation.
 struct Moments {
   double n, ties;    // samples; how many attain the maximum
-  double mean, std;  // of the scaled losses
+  double mean, std;  // of the scaled losses that can be had
   double mean_cost;
 };
 
@@ -69,14 +69,15 @@ ARMOR_FN bool moves(double loss, double mu, double cost, double clean) { return 
 
 class DualSolver {
  public:
-  static constexpr int kMaxRounds = 120;
+  static constexpr int kMaxRounds = 400;
 
   double b, mu;  // the point to evaluate next
 
   ARMOR_FN DualSolver(const Problem& problem, const Moments& moments) : p(problem), row(moments) {
     const Family& f = p.family;
     target = f.to_log_form(p.radius);
-    radius_binds = p.costs || target < f.largest_log_form(row.n, row.ties);
+    const double largest = f.largest_log_form(row.n, row.ties);
+    radius_binds = p.costs || target < largest - 1e-14 * fmin(largest, 1e300);
     y_min = log(p.costs ? fmax(p.kappa, kNoDual) : p.kappa);
     y_max = p.costs ? fmax(log(p.max_dual), y_min) : kInf;
     const double budget = p.costs ? f.to_log_form(p.radius - fmin(row.mean_cost, 0.7 * p.radius)) : target;
@@ -104,6 +105,7 @@ class DualSolver {
     mean = s.wz / s.w;
     divergence = f.from_log_form(f.log_form(b, s0, mean));
     top_v = top.v;
+    top_loss = top.v + mu * top.cost;
     const double mean_d = s.wd / s.w, mean_zg = s.wzg / s.w, mean_dg = s.wdg / s.w;
     const double optimal_mu = f.dual(b, s0, mean);
     if (!p.costs) mu = optimal_mu, y = log(mu);
@@ -143,7 +145,8 @@ class DualSolver {
                           : active == Active::ceiling ? Status::max_dual
                           : active == Active::kappa && p.kappa == 0.0 ? Status::saturated
                                                                       : Status::converged;
-    return {value, status == Status::saturated ? 0.0 : m, b, status};
+    if (status == Status::saturated) return {top_loss, 0.0, b, status};
+    return {value, m, b, status};
   }
 
  private:
@@ -162,14 +165,14 @@ class DualSolver {
   bool radius_binds;  // false where the radius allows all mass on the maximum
   double x, y;        // log b, log mu
   double y_min, y_max;
-  double s0 = 1.0, mean = 0.0, divergence = 0.0, top_v = 0.0, step = 0.0;
+  double s0 = 1.0, mean = 0.0, divergence = 0.0, top_v = 0.0, top_loss = 0.0, step = 0.0;
   Gradient off, budget;
   Active active = Active::radius;
-  int round = 0;
+  int round = 0, nested_round = 0;
   bool nested = false;
   Bracket bracket;       // of x in the joint search; of x at a fixed y in the nested one
   Bracket outer;         // of y in the nested search
-  Tangent left, right;   // of the convex dual function at the ends of `outer`
+  Tangent left{}, right{};  // of the convex dual function, below and above its minimum
 
   // Moves on, unless this was the last round: the answer then is the point that the sums belong to.
   ARMOR_FN bool go(double x_next, double y_next) {
@@ -251,18 +254,21 @@ class DualSolver {
     }
     double y_next = y;
     if (on_curve || (nested_round < 40 && fabs(off.value) <= 0.3)) {
-      if (on_curve || (spent > 0.0 && fabs(off.value) <= 0.1 &&
+      if (on_curve || (!p.clean && spent > 0.0 && fabs(off.value) <= 0.1 &&
                        square(off.value) <= 0.1 * fabs(log(spent / p.radius)))) {
-        const double value = top_v + f.objective(mu, b, p.radius, s0, s0 * (1.0 + f.k * b * mean));
-        (excess > 0.0 ? left : right) = {mu, value, p.radius - budget.value};
         outer.tighten(y, sqrt(p.radius) - sqrt(fmax(spent, 0.0)));
-        if (on_curve && outer.closed() && (outer.exhausted() || tangents_agree())) return true;
+        if (on_curve) {
+          const double value = top_v + f.objective(mu, b, p.radius, s0, s0 * (1.0 + f.k * b * mean));
+          (excess > 0.0 ? left : right) = {mu, value, p.radius - budget.value};
+          if (outer.closed() && (outer.exhausted() || kink_resolved(value))) return true;
+        }
       }
       double dy = excess > 0.0 ? 3.0 : -3.0;
       if (slope < 0.0 && spent > 0.0) dy = clamp(2.0 * (sqrt(p.radius * spent) - spent) / slope, -3.0, 3.0);
       const double newton = clamp(y + dy, y_min, y_max);
       const bool inside = outer.lo < newton && newton < outer.hi;
-      y_next = clamp(outer.next(inside || !outer.closed() ? newton : log(tangents_meet())), y_min, y_max);
+      const bool known = left.mu > 0.0 && right.mu > 0.0;
+      y_next = clamp(outer.next(inside || !known ? newton : log(tangents_meet())), y_min, y_max);
     }
     if (nested_round == 40) outer = Bracket();
     const double dy = y_next - y;
@@ -303,11 +309,11 @@ class DualSolver {
   ARMOR_FN double tangents_meet() const {
     return (right.value - left.value + left.slope * left.mu - right.slope * right.mu) / (left.slope - right.slope);
   }
-  ARMOR_FN bool tangents_agree() const {
+  // A tie between moving a sample and leaving it clean is a kink of the dual function: its budget jumps there.
+  ARMOR_FN bool kink_resolved(double value) const {
     const double least = left.value + left.slope * (tangents_meet() - left.mu);
-    return p.clean && fmin(left.value, right.value) - least <= 1e-3 * p.tolerance;
+    return p.clean && left.mu > 0.0 && right.mu > 0.0 && value - least <= fmax(1e-3 * p.tolerance, 1e-15);
   }
-  int nested_round = 0;
 };
 
 }  // namespace armor

@@ -13,7 +13,7 @@ struct Bracket {
   int last_side = 0, stalled = 0;
 
   ARMOR_FN bool closed() const { return lo > -kInf && hi < kInf; }
-  ARMOR_FN bool exhausted() const { return hi - lo <= 4e-16 * fmax(1.0, fabs(closed() ? hi : 0.0)); }
+  ARMOR_FN bool exhausted() const { return hi - lo <= 1e-15 * fmax(1.0, fabs(closed() ? hi : 0.0)); }
 
   ARMOR_FN void tighten(double x, double f) {
     const double width = hi - lo;

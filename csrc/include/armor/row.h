@@ -12,12 +12,14 @@ struct Settings {
   bool costs, clean;
 };
 
-// What one look over the samples [0, n) finds. With `clean`, a loss here is the larger of the sample's two.
+// What one look over the samples finds. With `clean`, a loss here is the larger of the sample's two. A sample whose cost
+// is +inf cannot move: its clean loss counts, and without one it is not usable.
 struct Scan {
+  double usable = 0.0;
   double max = -kInf, min = kInf, ties = 0.0;
-  double sum = 0.0, sum_squares = 0.0;  // of loss - losses[0]
+  double sum = 0.0, sum_squares = 0.0, sum_cubes = 0.0;  // of loss - origin
   double cost_sum = 0.0;
-  double defect = 0.0;  // NaN if an entry is not finite (a cost may be +inf)
+  double defect = 0.0;  // NaN if an entry that counts is not finite
 
   ARMOR_FN void merge_extremes(double other_max, double other_min, double other_ties) {
     ties = other_max > max ? other_ties : other_max == max ? ties + other_ties : ties;
@@ -26,7 +28,7 @@ struct Scan {
   }
   ARMOR_FN void add(const Scan& o) {
     merge_extremes(o.max, o.min, o.ties);
-    sum += o.sum, sum_squares += o.sum_squares, cost_sum += o.cost_sum, defect += o.defect;
+    usable += o.usable, sum += o.sum, sum_squares += o.sum_squares, sum_cubes += o.sum_cubes, cost_sum += o.cost_sum, defect += o.defect;
   }
 };
 
@@ -34,6 +36,9 @@ struct Scan {
 struct Scaling {
   double unit = 1.0, max = 0.0, inverse_range = 1.0;
 };
+
+// The loss from which sums of a row are measured: its first, if that is one.
+ARMOR_FN double origin_of(double first) { return fabs(first) < kInf ? first : 0.0; }
 
 // Where the sums are wanted.
 struct Point {
@@ -54,17 +59,17 @@ class RowSolver {
   int passes = 1, round = 0;
   bool done;
 
-  ARMOR_FN RowSolver(const Settings& settings, const Scan& scan_, double n_, double first)
+  ARMOR_FN RowSolver(const Settings& settings, const Scan& scan_, double n_, double origin)
       : scan(scan_), n(n_), radius(settings.radius), kappa(settings.kappa), costs(settings.costs),
-        range(fit(scan_, scaling)), solver(problem(settings), moments(settings, first)) {
+        spread(fit(scan_, scaling)), mass(n_), solver(problem(settings), moments(settings, origin)) {
     point.k = settings.family.k;
     point.top = {0.0, 0.0};
     const bool equal = scan.max - scan.min < kTiny;
-    searching = costs || !(radius == 0.0 || equal);
-    if (!searching) {  // uniform weights: the mean, or the one loss there is
-      const double mean = equal ? 0.0 : (scan.sum / n + first - scan.max) / range;
+    searching = costs || !(radius == 0.0 || equal || nearly_uniform(scaled_mean(origin)));
+    if (!costs && (equal || radius == 0.0)) {  // uniform weights: the mean, or the one loss there is
+      const double mean = equal ? 0.0 : scaled_mean(origin);
       const bool saturated = equal && kappa == 0.0;
-      answer = {mean, equal ? kappa / range : kInf, 0.0, saturated ? Status::saturated : Status::converged};
+      answer = {mean, equal ? to_scaled(kappa) : kInf, 0.0, saturated ? Status::saturated : Status::converged};
     }
     done = !searching || solver.trivial();
     next();
@@ -84,11 +89,12 @@ class RowSolver {
     ++passes;
     if (searching) answer = solver.answer(converged || solver.trivial());
     point.b = answer.b;
-    const double mu = answer.mu * range, top = scan.max + point.top.v * range;
-    const double mass = answer.b == kInf ? scan.ties : answer.b == 0.0 ? n : sums.w;
-    return {scan.max + answer.value * range, fmax(mu - kappa, 0.0),
-            multiplier(solver.family(), top, mu, answer.b / range, answer.b == kInf ? 0.0 : log(mass / n)), 1.0 / mass,
-            answer.status};
+    const double unit = scaling.unit, mu = answer.mu * spread / unit;
+    const double top = (scaling.max + point.top.v * spread) / unit;
+    if (searching) mass = answer.b == kInf ? scan.ties : sums.w;
+    const double log_mean = answer.b == kInf ? 0.0 : log(mass / n);
+    return {(scaling.max + answer.value * spread) / unit, fmax(mu - kappa, 0.0),
+            multiplier(solver.family(), top, mu, answer.b / spread * unit, log_mean), 1.0 / mass, answer.status};
   }
 
  private:
@@ -97,7 +103,8 @@ class RowSolver {
   Scan scan;
   double n, radius, kappa;
   bool costs;
-  double range;
+  double spread;  // the range, times scaling.unit
+  double mass;    // sum of w(b z)
   DualSolver solver;
   Sums sums;
   Answer answer{};
@@ -108,19 +115,42 @@ class RowSolver {
     out.max = s.max * out.unit;
     const double spread = out.max - s.min * out.unit;
     out.inverse_range = spread < kTiny ? 1.0 : 1.0 / spread;
-    return (spread < kTiny ? 1.0 : spread) / out.unit;
+    return spread < kTiny ? 1.0 : spread;
+  }
+
+  // Where b is so small that the sums would lose their digits (radius << 1, or kappa >> range), its first powers have
+  // them all: Phi(a) = mean + Var / 2 + (1 - k) kappa_3 / 6 + ... for every family.
+  ARMOR_FN bool nearly_uniform(double scaled_mean) {
+    const double k = point.k, mean = scan.sum / n, variance = fmax(scan.sum_squares / n - square(mean), 0.0);
+    const double third = scan.sum_cubes / n - mean * (3.0 * variance + square(mean));
+    const double std = to_scaled(sqrt(variance)), scaled_kappa = to_scaled(kappa);
+    const double by_radius = sqrt(2.0 * radius) / std, b = fmin(by_radius, 1.0 / scaled_kappa);
+    if (!(b < 3e-5 && std < kInf)) return false;
+    const double skew = third / variance / sqrt(variance), asymmetry = skew == skew ? (1.0 - k) * skew / 6.0 : 0.0;
+    double value = scaled_mean + 0.5 * b * square(std) + asymmetry * square(b * std) * std;
+    if (b == by_radius) value += (1.0 / b - scaled_kappa) * radius;
+    answer = {value, 1.0 / b, b, Status::converged};
+    mass = n * (1.0 + b * scaled_mean + 0.5 * (1.0 - k) * square(b) * (square(std) + square(scaled_mean)));
+    return true;
+  }
+
+  ARMOR_FN double to_scaled(double in_units_of_the_losses) const {
+    return in_units_of_the_losses * scaling.unit * scaling.inverse_range;
+  }
+  ARMOR_FN double scaled_mean(double first) const {
+    return ((scan.sum / scan.usable + first) * scaling.unit - scaling.max) * scaling.inverse_range;
   }
 
   ARMOR_FN Problem problem(const Settings& s) const {
-    return {s.family, s.radius, s.kappa / range, s.max_dual / range, s.tolerance, s.costs, s.clean};
+    return {s.family, s.radius, to_scaled(s.kappa), to_scaled(s.max_dual), s.tolerance, s.costs, s.clean};
   }
 
   ARMOR_FN Moments moments(const Settings& s, double first) const {
-    const double mean = scan.sum / n, variance = fmax(scan.sum_squares / n - square(mean), 0.0);
-    // A range of one implies a standard deviation of 1/2 n^-1/2 at least; with costs the losses may be all equal.
+    const double mean = scan.sum / scan.usable, variance = fmax(scan.sum_squares / scan.usable - square(mean), 0.0);
+    // A range of one implies a standard deviation of 1/2 n^-1/2 at least, and 1/2 at most; with costs the losses may be all equal.
     const double least = s.costs ? 1e-3 : 0.5 / sqrt(n);
-    return {n, scan.ties, (mean + first - scan.max) / range, fmax(sqrt(variance) / range, least),
-            s.clean ? kInf : scan.cost_sum / n};
+    return {n, scan.ties, scaled_mean(first), clamp(to_scaled(sqrt(variance)), least, 0.5),
+            s.clean ? kInf : scan.cost_sum / scan.usable};
   }
 
   ARMOR_FN void next() {

@@ -5,8 +5,9 @@ Everything that trains with ARMOR_D calls one of the two.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from numbers import Real
 from typing import Any, NamedTuple
@@ -159,12 +160,26 @@ def dc_objective(
     return mu.squeeze(-1) * (radius + potential) - kappa * radius
 
 
+def _signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the signature that autograd.Function.apply asks for on every call; finding it takes longer than a solve."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
+@_signed
+def _solve(losses, costs, clean_losses, kind, order, radius, kappa, max_dual):  # type: ignore[no-untyped-def]
+    return torch.ops.armor.dual.default(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
+
+
+@_signed
+def _differentiate(grad_value, mu, weights, losses, costs, clean_losses):  # type: ignore[no-untyped-def]
+    return torch.ops.armor.dual_backward.default(grad_value, mu, weights, losses, costs, clean_losses)
+
+
 class _Dual(torch.autograd.Function):
     """armor::dual over the last dimension, with the gradient of the envelope theorem."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:  # without named arguments, because apply() inspects them each time
-        return torch.ops.armor.dual.default(*args)
+    forward = staticmethod(_solve)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -199,9 +214,7 @@ class _Dual(torch.autograd.Function):
 class _DualBackward(torch.autograd.Function):
     """armor::dual_backward; a function of its own so that a second derivative is refused instead of wrong."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.armor.dual_backward.default(*args)
+    forward = staticmethod(_differentiate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -246,7 +259,7 @@ def _number(name: str, value: Any, *, least: float | None = None, above: float |
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # not math.isfinite, which torch.compile cannot trace on a symbolic float
         raise ValueError(f"{name} must be finite, got {value!r}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least:g}, got {value!r}")

@@ -28,8 +28,8 @@ SETTINGS: tuple[Setting, ...] = get_args(Setting)
 # CNN takes about an hour on two cores.
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"settings": list(SETTINGS), "seeds": 15, "epochs": 30, "batch_size": 64, "lr": 0.1},
-    "mnist": {"settings": ["balanced"], "seeds": 1, "epochs": 10, "batch_size": 100, "lr": 0.05},
-    "fashion-mnist": {"settings": ["balanced"], "seeds": 1, "epochs": 10, "batch_size": 100, "lr": 0.05},
+    "mnist": {"settings": ["balanced"], "seeds": 1, "epochs": 10, "batch_size": 100, "lr": 0.02},
+    "fashion-mnist": {"settings": ["balanced"], "seeds": 1, "epochs": 10, "batch_size": 100, "lr": 0.02},
 }
 
 
@@ -87,7 +87,7 @@ class TrainConfig:
         first_seed: the first seed
         epochs: passes over the training part (default: digits 30, images 10)
         batch_size: samples per step, and so per dual problem (default: digits 64, images 100)
-        lr: peak learning rate of SGD (default: digits 0.1, images 0.05)
+        lr: peak learning rate of SGD (default: digits 0.1, images 0.02)
         momentum: momentum of SGD
         warmup: share of the steps in which the learning rate rises linearly; it then falls linearly to 0
         attack: the attack on the training batches

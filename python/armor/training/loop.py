@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armor.losses import DCLoss
+from armor.ops import dc_loss
 from armor.training import checkpoint, data, evaluate
 from armor.training.attack import eval_mode, pgd
-from armor.training.config import ResolvedConfig
+from armor.training.config import DualConfig, ResolvedConfig
 from armor.training.step import TrainState, make_state, stream, train_step
 
 METHODS = ("mean", "dc")
-CURVE_SAMPLES = 1000  # of the validation part, for the accuracy curves
+CURVE_SAMPLES = 500  # of the validation part, for the accuracy curves
 SHOWN_SAMPLES = 1000  # of the training part, in the one dual problem whose weights the report shows
 SHOWN_EACH = 10  # most and least weighted
 
@@ -45,7 +45,7 @@ def run_job(job: Job, progress: Callable[[int], object], config: ResolvedConfig)
     )
     validation = splits.validation[:CURVE_SAMPLES].to(config.device)
     judged = (splits.test if config.evaluate_on == "test" else splits.validation).to(config.device)
-    dual = DCLoss(**asdict(config.dual)) if job.method == "dc" else None
+    dual = config.dual if job.method == "dc" else None
 
     steps_per_epoch = -(-len(train) // config.batch_size)
     state = make_state(config, job.seed, config.epochs * steps_per_epoch)
@@ -93,7 +93,7 @@ def train_epoch(
     state: TrainState,
     train: data.Samples,
     config: ResolvedConfig,
-    dual: DCLoss | None,
+    dual: DualConfig | None,
     progress: Callable[[int], object],
 ) -> Tensor:
     """Every sample once, in random batches; the epoch's mean of what `train_step` returns, on the CPU."""
@@ -124,7 +124,7 @@ def validation_accuracy(
 
 
 def weighted_samples(
-    model: nn.Module, train: data.Samples, config: ResolvedConfig, dual: DCLoss, seed: int
+    model: nn.Module, train: data.Samples, config: ResolvedConfig, dual: DualConfig, seed: int
 ) -> dict[str, Tensor]:
     """The most and then the least weighted attacked training samples of the final model.
 
@@ -145,12 +145,12 @@ def weighted_samples(
     with torch.no_grad(), eval_mode(model):
         logits = model(x_adv)
         losses = F.cross_entropy(logits, chosen.y, reduction="none")
-        dual(losses)
-    order = dual.last.weights.argsort(descending=True, stable=True)
+        _, result = dc_loss(losses, **vars(dual), return_dual=True)
+    order = result.weights.argsort(descending=True, stable=True)
     shown = torch.cat([order[:SHOWN_EACH], order[-SHOWN_EACH:]])
     return {
         "x_adv": x_adv[shown].cpu().contiguous(),
-        "weight": (dual.last.weights[shown] * len(order)).cpu(),
+        "weight": (result.weights[shown] * len(order)).cpu(),
         "loss": losses[shown].cpu(),
         "label": chosen.y[shown].cpu(),
         "true_label": chosen.true_y[shown].cpu(),

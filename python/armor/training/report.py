@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
 from armor.training import checkpoint
@@ -235,6 +236,7 @@ def _grid(rows: Sequence, config: ResolvedConfig) -> tuple[Figure, np.ndarray]:
     for column, setting in enumerate(config.settings):
         axes[0, column].set_title(setting, fontsize=10)
         axes[-1, column].set_xlabel("epoch")
+        axes[-1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

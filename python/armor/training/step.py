@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armor.losses import DCLoss
+from armor.ops import dc_loss
 from armor.training import models
 from armor.training.attack import pgd
-from armor.training.config import ResolvedConfig
+from armor.training.config import DualConfig, ResolvedConfig
 
 # One independent stream of random numbers per use, so that the two methods of a pair, which differ in the
 # objective alone, meet the same initial weights, batches and attack noise.
@@ -34,7 +34,7 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, dual: DCLoss | None
+    state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, dual: DualConfig | None
 ) -> Tensor:
     """Updates the state on one batch; returns [objective, mean loss, lambda, effective sample share].
 
@@ -55,8 +55,8 @@ def train_step(
         objective = losses.mean()
         lam, share = losses.new_tensor(float("nan")), losses.new_ones(())
     else:
-        objective = dual(losses)
-        lam, share = dual.last.lam, effective_share(dual.last.weights)
+        objective, result = dc_loss(losses, **vars(dual), return_dual=True)
+        lam, share = result.lam, effective_share(result.weights)
 
     state.optimizer.zero_grad(set_to_none=True)
     objective.backward()

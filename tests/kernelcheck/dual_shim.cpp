@@ -1,0 +1,223 @@
+// The kernels of csrc/cuda/dual.cuh under the host shim (cuemu.h). As a library it is what tests/test_dual_cuda.py calls;
+// as a program it is what the sanitizers watch: rows of every sort through every kind of group under several schedules,
+// each compared with the same kernel run by one thread.
+
+#include "cuemu.h"  // first: it says what __device__ is
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "dual.cuh"
+
+namespace {
+
+using namespace armor;
+using namespace armor::cuda;
+
+// A group of one thread: the kernel as a plain loop.
+struct Alone {
+  static constexpr int kSolvers = 1;
+  Alone(double*, Workspace) {}
+  int64_t first_row() const { return 0; }
+  int64_t row_step() const { return 1; }
+  int64_t rank() const { return 0; }
+  int64_t size() const { return 1; }
+  int solver() const { return 0; }
+  bool leads() const { return true; }
+  bool writes() const { return true; }
+  void sync() const {}
+  template <class Part>
+  Part reduce(const Part& mine) const {
+    return mine;
+  }
+};
+
+enum class Groups : int { alone, warp, block, grid };
+
+struct How {
+  Groups groups;
+  int blocks;
+  cuemu::Schedule schedule;
+};
+
+template <class T>
+void solve(const How& how, const Rows<T>& rows) {
+  std::vector<double> partials(size_t{2} * how.blocks * kWidest, NAN);
+  const Workspace workspace{partials.data()};
+  const auto launch = [&](auto kernel, unsigned blocks, unsigned threads) {
+    cuemu::launch(how.schedule, blocks, threads, [&] { kernel(rows, workspace); });
+  };
+  const unsigned blocks = static_cast<unsigned>(how.blocks);
+  if (how.groups == Groups::alone) launch(dual<T, Alone>, 1, 1);
+  if (how.groups == Groups::warp) launch(dual<T, WarpGroup>, blocks, kBlock);
+  if (how.groups == Groups::block) launch(dual<T, BlockGroup>, blocks, kBlock);
+  if (how.groups == Groups::grid) launch(dual<T, GridGroup>, blocks, kBlock);
+}
+
+// What went wrong, or null. The text lives until the next call.
+template <class Body>
+const char* report(const Body& body) {
+  static std::string message;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+template <class T>
+const char* call(int groups, int blocks, int order, uint64_t seed, int resident, const T* losses, const T* costs,
+                 const T* clean, T* value, T* lam, T* nu, T* weights, int* status, int* passes, int64_t rows, int64_t n,
+                 int divergence, double alpha, double radius, double kappa, double max_dual) {
+  const Settings settings{Family(static_cast<Kind>(divergence), alpha), radius,           kappa,           max_dual,
+                          sizeof(T) == 4 ? 1e-6 : 1e-12,                costs != nullptr, clean != nullptr};
+  const How how{static_cast<Groups>(groups), blocks,
+                {static_cast<cuemu::Order>(order), seed, static_cast<unsigned>(resident)}};
+  const Rows<T> all{losses, costs, clean, value, lam, nu, weights, status, passes, rows, n, settings};
+  return report([&] { solve(how, all); });
+}
+
+template <class T>
+const char* call_backward(int blocks, const T* grad, const T* mu, const T* weights, const T* losses, const T* costs,
+                          const T* clean, T* to_losses, T* to_costs, T* to_clean, int64_t rows, int64_t n) {
+  const Gradients<T> all{grad, mu, weights, losses, costs, clean, to_losses, to_costs, to_clean, rows, n};
+  return report([&] { cuemu::launch({}, static_cast<unsigned>(blocks), kBlock, [&] { dual_backward(all); }); });
+}
+
+}  // namespace
+
+extern "C" {
+
+#define EXPORT(T)                                                                                                     \
+  const char* dual_##T(int groups, int blocks, int order, uint64_t seed, int resident, const T* losses,               \
+                       const T* costs, const T* clean, T* value, T* lam, T* nu, T* weights, int* status, int* passes, \
+                       int64_t rows, int64_t n, int divergence, double alpha, double radius, double kappa,            \
+                       double max_dual) {                                                                             \
+    return call<T>(groups, blocks, order, seed, resident, losses, costs, clean, value, lam, nu, weights, status,      \
+                   passes, rows, n, divergence, alpha, radius, kappa, max_dual);                                      \
+  }                                                                                                                   \
+  const char* dual_backward_##T(int blocks, const T* grad, const T* mu, const T* weights, const T* losses,            \
+                                const T* costs, const T* clean, T* to_losses, T* to_costs, T* to_clean, int64_t rows, \
+                                int64_t n) {                                                                          \
+    return call_backward<T>(blocks, grad, mu, weights, losses, costs, clean, to_losses, to_costs, to_clean, rows, n); \
+  }
+
+EXPORT(float)
+EXPORT(double)
+#undef EXPORT
+
+}  // extern "C"
+
+// ---- the program for the sanitizers --------------------------------------------------------------------------------
+
+namespace {
+
+// Some rows of length n, the last of which are not finite, all of one value, or full of ties.
+template <class T>
+struct Problem {
+  int64_t rows, n;
+  std::vector<T> losses, costs, clean;
+
+  Problem(int64_t rows_, int64_t n_, bool with_costs, bool with_clean) : rows(rows_), n(n_), losses(rows_ * n_) {
+    std::mt19937 random(static_cast<unsigned>(n));
+    std::normal_distribution<T> normal;
+    std::uniform_real_distribution<T> uniform;
+    for (T& loss : losses) loss = normal(random);
+    for (int64_t r = 1; r < rows; ++r)
+      for (int64_t i = 0; i < n; ++i) {
+        T& loss = losses[r * n + i];
+        if (r % 4 == 1) loss = std::round(loss);
+        if (r % 4 == 2) loss = T(2.5);
+        if (r % 4 == 3 && i == n / 2) loss = r % 8 == 3 ? T(NAN) : T(kInf);
+      }
+    for (const T loss : losses) {
+      if (with_costs) costs.push_back(T(0.1) * uniform(random));
+      if (with_clean) clean.push_back(loss - uniform(random));
+    }
+  }
+};
+
+template <class T>
+struct Solution {
+  std::vector<T> value, lam, nu, weights;
+  std::vector<int> status, passes;
+
+  Solution(const Problem<T>& p, const Settings& settings, const How& how)
+      : value(p.rows, T(NAN)), lam(value), nu(value), weights(p.losses.size(), T(NAN)), status(p.rows, -1), passes(status) {
+    solve(how, Rows<T>{p.losses.data(), p.costs.empty() ? nullptr : p.costs.data(),
+                       p.clean.empty() ? nullptr : p.clean.data(), value.data(), lam.data(), nu.data(), weights.data(),
+                       status.data(), passes.data(), p.rows, p.n, settings});
+  }
+};
+
+int failures = 0;
+
+template <class T>
+void expect_close(const char* what, const std::vector<T>& got, const std::vector<T>& expected, double tolerance) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double a = got[i], b = expected[i];
+    if (a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= tolerance * std::fmax(1.0, std::fabs(b))) continue;
+    std::printf("  %s[%zu] is %.17g, expected %.17g\n", what, i, a, b);
+    ++failures;
+    return;
+  }
+}
+
+template <class T>
+void compare(const char* name, const Problem<T>& problem, const Settings& settings, How how, int seeds) {
+  const Solution<T> alone(problem, settings, {Groups::alone, 1, {}});
+  for (int seed = 0; seed < seeds; ++seed) {
+    how.schedule = {seed == 0   ? cuemu::Order::forward
+                    : seed == 1 ? cuemu::Order::reverse
+                                : cuemu::Order::random,
+                    static_cast<uint64_t>(seed)};
+    const int before = failures;
+    try {
+      const Solution<T> got(problem, settings, how);
+      const double tight = sizeof(T) == 4 ? 1e-6 : 1e-12, loose = sizeof(T) == 4 ? 1e-4 : 1e-5;
+      expect_close("value", got.value, alone.value, tight);
+      expect_close("lam", got.lam, alone.lam, loose);
+      expect_close("nu", got.nu, alone.nu, loose);
+      expect_close("weights", got.weights, alone.weights, loose);
+      expect_close("status", got.status, alone.status, 0.0);
+    } catch (const std::exception& error) {
+      std::printf("  %s\n", error.what());
+      ++failures;
+    }
+    if (failures > before) std::printf("%s, %d bytes, schedule %d\n", name, static_cast<int>(sizeof(T)), seed);
+  }
+}
+
+template <class T>
+void compare_all(int seeds) {
+  const double tolerance = sizeof(T) == 4 ? 1e-6 : 1e-12;
+  const Settings kl{Family(Kind::kl, 0.0), 0.1, 0.0, 1e6, tolerance, false, false};
+  const Settings alpha{Family(Kind::alpha, 6.0), 0.1, 0.01, 1e6, tolerance, true, false};
+  const Settings renyi{Family(Kind::renyi, 1.25), 0.1, 0.0, 1e6, tolerance, true, true};
+  const How warps{Groups::warp, 1, {}}, blocks{Groups::block, 2, {}}, grid{Groups::grid, 2, {}};
+  // More rows than there are groups; lengths below, at and above the threads of a group.
+  compare<T>("warps, KL", {13, 31, false, false}, kl, warps, seeds);
+  compare<T>("warps, alpha with costs", {9, 32, true, false}, alpha, warps, seeds);
+  compare<T>("warps, Renyi with costs and clean losses", {9, 45, true, true}, renyi, warps, seeds);
+  compare<T>("blocks, KL", {5, 257, false, false}, kl, blocks, seeds);
+  compare<T>("blocks, Renyi with costs and clean losses", {3, 300, true, true}, renyi, blocks, seeds);
+  compare<T>("grid, KL", {4, 513, false, false}, kl, grid, seeds);
+  compare<T>("grid, alpha with costs", {1, 700, true, false}, alpha, grid, seeds);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int seeds = argc > 1 ? std::atoi(argv[1]) : 3;
+  compare_all<float>(seeds);
+  compare_all<double>(seeds);
+  std::printf(failures ? "%d failures\n" : "all right\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,105 @@
+"""Compilers for the tests of kernels: g++ for what the host shim runs, with and without sanitizers, and nvcc for what it
+says about registers and memory. Output is kept in build/kernelcheck under a hash of everything that went in. A test that
+needs what the machine does not have is skipped with the reason.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import get_cxx_compiler
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+INCLUDES = [f"-I{folder}" for folder in (HERE, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda")]
+SANITIZERS = {
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+
+
+def host_shim(source: str, *flags: str) -> Path:
+    """A program, or with `-shared` a library, made of a source of this folder under the host shim."""
+    compiler = get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler: {compiler} is not on PATH")
+    options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DARMOR_HOST_SHIM"]
+    return _built([compiler, *options, *flags, *INCLUDES, HERE / source], source)[0]
+
+
+def sanitized(source: str, sanitizer: str) -> Path:
+    """The same with one of SANITIZERS."""
+    flags = SANITIZERS[sanitizer]
+    if reason := _missing(*flags):
+        pytest.skip(f"{get_cxx_compiler()} {flags[-1]}: {reason}")
+    return host_shim(source, *flags)
+
+
+def ptxas_report(source: str, arch: int) -> str:
+    """What ptxas says of the kernels in a .cu of this folder, compiled as setup.py does, for compute capability `arch`."""
+    nvcc = _nvcc()
+    if nvcc is None:
+        pytest.skip("no CUDA toolkit with bin/nvcc and include/cuda_runtime.h")
+    if f"sm_{arch}" not in _output((nvcc, "--list-gpu-code")).split():
+        pytest.skip(f"{nvcc} does not know sm_{arch}")
+    checks = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
+    return _built([nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", checks, *INCLUDES, HERE / source], source)[1]
+
+
+def _nvcc() -> Path | None:
+    """The nvcc of a real toolkit; one on PATH may be a shim outside of it (architecture.md, rule 3)."""
+    found = shutil.which("nvcc")
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        *(str(Path(path).parents[1]) for path in (found, found and os.path.realpath(found)) if path),
+        "/usr/local/cuda",
+        *sorted(glob.glob("/usr/local/cuda-*"), reverse=True),
+        "/opt/cuda",
+    ]
+    for home in filter(None, homes):
+        if Path(home, "bin/nvcc").is_file() and Path(home, "include/cuda_runtime.h").is_file():
+            return Path(home, "bin/nvcc")
+    return None
+
+
+def _built(command: list, source: str) -> tuple[Path, str]:
+    """What `command` makes of a source, and what it printed, from an earlier call where nothing has changed."""
+    digest = hashlib.sha256(repr(command).encode() + _output((command[0], "--version")).encode())
+    for folder in (HERE, ROOT / "csrc"):
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")):
+            digest.update(file.read_bytes())
+    target = ROOT / "build" / "kernelcheck" / f"{Path(source).stem}-{digest.hexdigest()[:16]}"
+    log = target.with_suffix(".log")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder, "made")
+            printed = subprocess.run([*command, "-o", made], capture_output=True, text=True)
+            assert printed.returncode == 0, printed.stderr
+            log.write_text(printed.stdout + printed.stderr)
+            made.rename(target)
+    return target, log.read_text()
+
+
+@functools.cache
+def _missing(*flags: str) -> str:
+    """Why a program that is compiled with these flags does not run here, or nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "nothing.cpp"), Path(folder, "nothing")
+        source.write_text("int main() {}")
+        for command in ([get_cxx_compiler(), *flags, source, "-o", program], [program]):
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                return (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
+    return ""
+
+
+@functools.cache
+def _output(command: tuple) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
