@@ -38,7 +38,7 @@ struct Odd {
   ARMOR_FN void add(const Odd& o) { nan += o.nan, plus += o.plus, minus += o.minus; }
 };
 
-constexpr int kWidest = sizeof(Sums) / sizeof(double);  // doubles of the widest partial result
+constexpr int kWidest = (sizeof(Sums) > sizeof(Scan) ? sizeof(Sums) : sizeof(Scan)) / sizeof(double);  // doubles of the widest partial result
 
 // The partial result of the lane `distance` away.
 template <class Part>
@@ -158,7 +158,7 @@ __device__ inline Sample sample(const Row<T>& row, int64_t i, const Scaling& s, 
   Sample out{(static_cast<double>(row.losses[i]) * s.unit - s.max) * s.inverse_range, 0.0};
   if (row.costs) {
     out.cost = static_cast<double>(row.costs[i]);
-    out.v -= mu * out.cost;
+    out.v = out.cost < kInf ? out.v - mu * out.cost : -kInf;
   }
   if (row.clean) {
     const double clean = (static_cast<double>(row.clean[i]) * s.unit - s.max) * s.inverse_range;
@@ -193,23 +193,10 @@ class Worker {
 
   __device__ Scan scan() const {
     Scan mine;
-    const double origin = static_cast<double>(row.losses[0]);
+    const double origin = origin_of(static_cast<double>(row.losses[0]));
     each([&](int64_t i) {
-      double loss = static_cast<double>(row.losses[i]), low = loss;
-      mine.defect += loss * 0.0;
-      if (row.costs) {
-        const double cost = static_cast<double>(row.costs[i]);
-        mine.cost_sum += cost;
-        if (!(cost > -kInf)) mine.defect += NAN;  // cost = +inf is allowed: the sample cannot move there
-      }
-      if (row.clean) {
-        const double clean = static_cast<double>(row.clean[i]);
-        mine.defect += clean * 0.0;
-        low = fmin(loss, clean), loss = fmax(loss, clean);
-      }
-      mine.merge_extremes(loss, low, 1.0);
-      mine.sum += loss - origin;
-      mine.sum_squares += square(loss - origin);
+      mine.look(static_cast<double>(row.losses[i]), row.costs ? static_cast<double>(row.costs[i]) : 0.0,
+                row.clean != nullptr, row.clean ? static_cast<double>(row.clean[i]) : 0.0, origin);
     });
     return group.reduce(mine);
   }
@@ -286,7 +273,7 @@ class Worker {
 };
 
 template <class T, class Group>
-__global__ void __launch_bounds__(kBlock) dual(Rows<T> all, Workspace workspace) {
+__global__ void __launch_bounds__(kBlock, 1) dual(Rows<T> all, Workspace workspace) {
   SHARED_ARRAY(double, scratch, kWarps* kWidest);
   SHARED_ARRAY(double, solvers, Group::kSolvers*((sizeof(RowSolver) + 7) / 8));
   SHARED_ARRAY(double, orders, Group::kSolvers*((sizeof(Order) + 7) / 8));
@@ -300,18 +287,18 @@ __global__ void __launch_bounds__(kBlock) dual(Rows<T> all, Workspace workspace)
     const Worker<T, Group> worker(group, row);
     const Scan scan = worker.scan();
     if (group.leads()) {
-      new (solver) RowSolver(all.settings, scan, static_cast<double>(all.n), static_cast<double>(row.losses[0]));
-      order = {solver->scaling, solver->point, scan.defect == 0.0 ? 1.0 : 0.0, solver->done};
+      new (solver) RowSolver(all.settings, scan, static_cast<double>(all.n),
+                             origin_of(static_cast<double>(row.losses[0])));
+      order = {solver->scaling, solver->point, scan.defect == 0.0 && scan.usable > 0.0 ? 1.0 : 0.0,
+               solver->done};
     }
     group.sync();
-    bool finite = order.scale == 1.0;
+    const bool finite = order.scale == 1.0;
     while (finite && !order.done) {
       if (row.costs) {
         const Top top = worker.top(order.scaling, order.point.mu);
         if (group.leads()) order.point.top = top;
         group.sync();
-        finite = order.point.top.v > -kInf;  // else no sample may be used
-        if (!finite) break;
       }
       const Sums sums = worker.sums(order.scaling, order.point);
       if (group.leads()) {

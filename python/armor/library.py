@@ -51,6 +51,7 @@ def define(op: str, schema: str) -> Callable[[Callable[..., Any]], None]:
     def register(fake: Callable[..., Any]) -> None:
         torch.library.define(f"armor::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"armor::{op}", fake)
+        torch.library.register_vmap(f"armor::{op}", lambda *call: _vmap(getattr(torch.ops.armor, op), *call))
         _chosen[op], _missing[op] = {}, {}
 
     return register
@@ -86,6 +87,19 @@ def _(
         losses.new_empty((0,)) if given is None else given.new_empty(given.shape)
         for given in (losses, costs, clean)
     )
+
+
+def _vmap(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Operators work on the last dimension and keep those in front, so a vmapped one becomes the first."""
+    front = [
+        (arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0))
+        if isinstance(arg, Tensor)
+        else arg
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    outputs = op(*front)
+    # an output for an input that was not given has no dimension to be mapped over
+    return outputs, tuple(0 if output.shape[:1] == (info.batch_size,) else None for output in outputs)
 
 
 def _register(requested: str | None) -> None:

@@ -94,7 +94,7 @@ class LearnedDual(nn.Module):
 
     def forward(self, losses: Tensor, costs: Tensor | None = None, clean_losses: Tensor | None = None) -> Tensor:
         """The objective on the samples along the last dimension of `losses`."""
-        nu = self.nu
+        nu: Tensor | None = self.nu
         if nu is not None and self.divergence == "renyi":
             nu = self._largest(losses, costs, clean_losses) + nu.exp()
         return dc_objective(

@@ -1,15 +1,12 @@
-// Every kernel that csrc/cuda/dual.cu launches, without PyTorch: what nvcc makes of them is checked for each architecture.
+// The kernels that csrc/cuda/dual.cu launches for one dtype (-DREAL=float or double), without PyTorch: what nvcc makes of
+// them is checked for every architecture by tests/test_dual_cuda.py.
 #include "dual.cuh"
 
 namespace armor::cuda {
 
-template __global__ void dual<float, WarpGroup>(Rows<float>, Workspace);
-template __global__ void dual<float, BlockGroup>(Rows<float>, Workspace);
-template __global__ void dual<float, GridGroup>(Rows<float>, Workspace);
-template __global__ void dual<double, WarpGroup>(Rows<double>, Workspace);
-template __global__ void dual<double, BlockGroup>(Rows<double>, Workspace);
-template __global__ void dual<double, GridGroup>(Rows<double>, Workspace);
-template __global__ void dual_backward<float>(Gradients<float>);
-template __global__ void dual_backward<double>(Gradients<double>);
+template __global__ void dual<REAL, WarpGroup>(Rows<REAL>, Workspace);
+template __global__ void dual<REAL, BlockGroup>(Rows<REAL>, Workspace);
+template __global__ void dual<REAL, GridGroup>(Rows<REAL>, Workspace);
+template __global__ void dual_backward<REAL>(Gradients<REAL>);
 
 }  // namespace armor::cuda

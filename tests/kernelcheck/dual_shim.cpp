@@ -163,7 +163,8 @@ template <class T>
 void expect_close(const char* what, const std::vector<T>& got, const std::vector<T>& expected, double tolerance) {
   for (size_t i = 0; i < got.size(); ++i) {
     const double a = got[i], b = expected[i];
-    if (a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= tolerance * std::fmax(1.0, std::fabs(b))) continue;
+    const bool same = a == b || (std::isnan(a) && std::isnan(b));
+    if (same || std::fabs(a - b) <= tolerance * std::fmax(1.0, std::fabs(b))) continue;
     std::printf("  %s[%zu] is %.17g, expected %.17g\n", what, i, a, b);
     ++failures;
     return;
@@ -181,7 +182,8 @@ void compare(const char* name, const Problem<T>& problem, const Settings& settin
     const int before = failures;
     try {
       const Solution<T> got(problem, settings, how);
-      const double tight = sizeof(T) == 4 ? 1e-6 : 1e-12, loose = sizeof(T) == 4 ? 1e-4 : 1e-5;
+      // The value is flat at the optimum, so that what belongs to it has about half of its digits.
+      const double tight = sizeof(T) == 4 ? 1e-6 : 1e-12, loose = sizeof(T) == 4 ? 1e-3 : 1e-5;
       expect_close("value", got.value, alone.value, tight);
       expect_close("lam", got.lam, alone.lam, loose);
       expect_close("nu", got.nu, alone.nu, loose);

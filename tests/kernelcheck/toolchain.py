@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import get_cxx_compiler
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INCLUDES = [f"-I{folder}" for folder in (HERE, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda")]
+COMPILER = os.environ.get("CXX", "c++")  # the one that torch.utils.cpp_extension takes, too
 SANITIZERS = {
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
@@ -26,30 +26,30 @@ SANITIZERS = {
 
 def host_shim(source: str, *flags: str) -> Path:
     """A program, or with `-shared` a library, made of a source of this folder under the host shim."""
-    compiler = get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler} is not on PATH")
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
     options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DARMOR_HOST_SHIM"]
-    return _built([compiler, *options, *flags, *INCLUDES, HERE / source], source)[0]
+    return _built([COMPILER, *options, *flags, *INCLUDES, HERE / source], source)[0]
 
 
 def sanitized(source: str, sanitizer: str) -> Path:
     """The same with one of SANITIZERS."""
     flags = SANITIZERS[sanitizer]
     if reason := _missing(*flags):
-        pytest.skip(f"{get_cxx_compiler()} {flags[-1]}: {reason}")
+        pytest.skip(f"{COMPILER} {flags[-1]}: {reason}")
     return host_shim(source, *flags)
 
 
-def ptxas_report(source: str, arch: int) -> str:
-    """What ptxas says of the kernels in a .cu of this folder, compiled as setup.py does, for compute capability `arch`."""
+def ptxas_report(source: str, arch: int, *flags: str) -> str:
+    """What ptxas says of the kernels in a .cu of this folder, optimised as setup.py has it, for sm_`arch`."""
     nvcc = _nvcc()
     if nvcc is None:
         pytest.skip("no CUDA toolkit with bin/nvcc and include/cuda_runtime.h")
     if f"sm_{arch}" not in _output((nvcc, "--list-gpu-code")).split():
         pytest.skip(f"{nvcc} does not know sm_{arch}")
     checks = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
-    return _built([nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", checks, *INCLUDES, HERE / source], source)[1]
+    options = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", checks]
+    return _built([nvcc, *options, *flags, *INCLUDES, HERE / source], source)[1]
 
 
 def _nvcc() -> Path | None:
@@ -93,7 +93,7 @@ def _missing(*flags: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "nothing.cpp"), Path(folder, "nothing")
         source.write_text("int main() {}")
-        for command in ([get_cxx_compiler(), *flags, source, "-o", program], [program]):
+        for command in ([COMPILER, *flags, source, "-o", program], [program]):
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 return (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]

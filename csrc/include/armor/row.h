@@ -21,6 +21,19 @@ struct Scan {
   double cost_sum = 0.0;
   double defect = 0.0;  // NaN if an entry that counts is not finite
 
+  // One more sample. `cost` is 0 where there are none.
+  ARMOR_FN void look(double loss, double cost, bool has_clean, double clean, double origin) {
+    const bool barred = cost == kInf && loss == loss;
+    if (!barred) defect += (loss + cost) * 0.0;
+    if (has_clean) defect += clean * 0.0;
+    if (barred && !has_clean) return;
+    if (barred) loss = clean;
+    const double best = has_clean ? fmax(loss, clean) : loss, centred = best - origin;
+    merge_extremes(best, has_clean ? fmin(loss, clean) : loss, 1.0);
+    usable += 1.0, cost_sum += barred ? 0.0 : cost;
+    sum += centred, sum_squares += square(centred), sum_cubes += square(centred) * centred;
+  }
+
   ARMOR_FN void merge_extremes(double other_max, double other_min, double other_ties) {
     ties = other_max > max ? other_ties : other_max == max ? ties + other_ties : ties;
     max = fmax(max, other_max);

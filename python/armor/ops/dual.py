@@ -5,9 +5,7 @@ Everything that trains with ARMOR_D calls one of the two.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
 from enum import IntEnum
 from numbers import Real
 from typing import Any, NamedTuple
@@ -96,7 +94,7 @@ def dc_loss(
     radius, kappa = _number("radius", radius, least=0.0), _number("kappa", kappa, least=0.0)
     max_dual = _number("max_dual", max_dual, above=0.0)
     losses, costs, clean_losses = _samples(losses, costs, clean_losses, dim)
-    value, *dual = _Dual.apply(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
+    value, *dual = _apply(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
     if not return_dual:
         return value
     lam, nu, weights, status, passes = dual
@@ -160,35 +158,24 @@ def dc_objective(
     return mu.squeeze(-1) * (radius + potential) - kappa * radius
 
 
-def _signed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the signature that autograd.Function.apply asks for on every call; finding it takes longer than a solve."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return function
-
-
-@_signed
-def _solve(losses, costs, clean_losses, kind, order, radius, kappa, max_dual):  # type: ignore[no-untyped-def]
-    return torch.ops.armor.dual.default(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
-
-
-@_signed
-def _differentiate(grad_value, mu, weights, losses, costs, clean_losses):  # type: ignore[no-untyped-def]
-    return torch.ops.armor.dual_backward.default(grad_value, mu, weights, losses, costs, clean_losses)
-
-
 class _Dual(torch.autograd.Function):
     """armor::dual over the last dimension, with the gradient of the envelope theorem."""
 
-    forward = staticmethod(_solve)
-
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        losses, costs, clean_losses, _, _, _, kappa, _ = inputs
-        _, lam, _, weights, _, _ = output
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lam, weights, losses, costs, clean_losses)
-        ctx.kappa = kappa
+    def forward(
+        ctx: Any,
+        losses: Tensor,
+        costs: Tensor | None,
+        clean_losses: Tensor | None,
+        kind: int,
+        order: float,
+        radius: float,
+        kappa: float,
+        max_dual: float,
+    ) -> tuple[Tensor, ...]:
+        output = _solve(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
+        _remember(ctx, (losses, costs, clean_losses, kind, order, radius, kappa, max_dual), output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -206,15 +193,55 @@ class _Dual(torch.autograd.Function):
             *(None,) * 5,
         )
 
+
+class _DualUnderTransforms(_Dual):
+    """The same for torch.func, which wants forward apart from its context. Applying such a function costs more than a
+    small solve, so plain autograd does without."""
+
+    generate_vmap_rule = True  # from those of the operators (armor.library)
+
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _Dual.apply(*_batched(info.batch_size, in_dims, args)), (0,) * 6
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _solve(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _remember(ctx, inputs, output)
+
+
+def _apply(*args: Any) -> tuple[Tensor, ...]:
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return (_DualUnderTransforms if transformed else _Dual).apply(*args)
+
+
+def _solve(*args: Any) -> tuple[Tensor, ...]:
+    return torch.ops.armor.dual.default(*args)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    losses, costs, clean_losses, _, _, _, kappa, _ = inputs
+    _, lam, _, weights, _, _ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(lam, weights, losses, costs, clean_losses)
+    ctx.kappa = kappa
 
 
 class _DualBackward(torch.autograd.Function):
     """armor::dual_backward; a function of its own so that a second derivative is refused instead of wrong."""
 
-    forward = staticmethod(_differentiate)
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_value: Tensor,
+        mu: Tensor,
+        weights: Tensor,
+        losses: Tensor,
+        costs: Tensor | None,
+        clean_losses: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.armor.dual_backward.default(grad_value, mu, weights, losses, costs, clean_losses)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,18 +253,6 @@ class _DualBackward(torch.autograd.Function):
             "dc_loss has first derivatives only: its gradient holds the dual variables fixed (envelope theorem). "
             "Use dc_objective for higher orders."
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _DualBackward.apply(*_batched(info.batch_size, in_dims, args)), (0,) * 3
-
-
-def _batched(size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
-    """The arguments of a vmapped call with the batch dimension in front of every tensor."""
-    return [
-        (arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape)) if isinstance(arg, Tensor) else arg
-        for arg, dim in zip(args, in_dims, strict=True)
-    ]
 
 
 def _family(divergence: str, alpha: float | None) -> tuple[int, float]:

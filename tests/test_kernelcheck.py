@@ -1,0 +1,77 @@
+"""The host shim of tests/kernelcheck itself: each kernel of bugs.cpp holds one bug, which must be caught by the build
+that is there for its kind, and must pass every build once the bug is repaired.
+"""
+
+import functools
+import os
+import re
+import subprocess
+
+import pytest
+from kernelcheck import toolchain
+
+WRONG, REFUSED = 1, 2  # exit statuses of bugs.cpp
+
+# A wrong result under some schedule, or a launch that the shim refuses with such a message.
+PLAIN = {
+    "missing_barrier": (WRONG, ""),
+    "reused_too_early": (WRONG, ""),
+    "missing_warp_barrier": (WRONG, ""),
+    "unwritten_shared": (WRONG, ""),
+    "missing_grid_barrier": (WRONG, ""),
+    "early_ticket": (WRONG, ""),
+    "divergent_barrier": (REFUSED, r"__syncthreads at .*bugs\.cpp:\d+ .* while others are at __syncthreads at "),
+    "partial_barrier": (REFUSED, r"thread \d+ of block \d+ waits for ever for others: __syncthreads at .*bugs\.cpp"),
+    "partial_shuffle": (REFUSED, r"waits for ever for others: __shfl_xor_sync at .*bugs\.cpp:\d+"),
+    "mismatched_shuffle": (REFUSED, r"__syncwarp at .*bugs\.cpp:\d+ .* while others are at __shfl_xor_sync at "),
+    "grid_barrier_of_waiting_blocks": (REFUSED, r"__grid_sync, but not every block of the grid is resident"),
+}
+# What only sanitizers see, and how they call it. A data race is one even where fibers always give the right result.
+SANITIZED = {
+    "address": {
+        "beyond_shared": "AddressSanitizer: use-after-poison",
+        "beyond_global": "AddressSanitizer: heap-buffer-overflow",
+        "misaligned": "runtime error: load of misaligned address",
+    },
+    "thread": {
+        "missing_barrier": "ThreadSanitizer: data race",
+        "reused_too_early": "ThreadSanitizer: data race",
+        "missing_warp_barrier": "ThreadSanitizer: data race",
+        "missing_grid_barrier": "ThreadSanitizer: data race",
+        "unfenced_ticket": "ThreadSanitizer: data race",
+        "plain_ticket": "ThreadSanitizer: data race",
+    },
+}
+
+
+def run(program, bug, state):
+    first_report = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run([program, bug, state], capture_output=True, text=True, env=first_report)
+    return result.returncode, result.stdout + result.stderr
+
+
+@functools.cache
+def plain():
+    return toolchain.host_shim("bugs.cpp", "-O2")
+
+
+@pytest.mark.parametrize("bug", PLAIN)
+def test_schedules_find(bug):
+    status, message = PLAIN[bug]
+    found, output = run(plain(), bug, "broken")
+    assert found == status, output
+    assert re.search(message, output)
+
+
+@pytest.mark.parametrize("bug", dict.fromkeys([*PLAIN, *SANITIZED["address"], *SANITIZED["thread"]]))
+def test_repaired_bugs_pass(bug):
+    assert run(plain(), bug, "right") == (0, "")
+
+
+@pytest.mark.parametrize(("sanitizer", "bug"), [(name, bug) for name, bugs in SANITIZED.items() for bug in bugs])
+def test_sanitizers_find(sanitizer, bug):
+    program = toolchain.sanitized("bugs.cpp", sanitizer)
+    status, output = run(program, bug, "broken")
+    assert status != 0
+    assert SANITIZED[sanitizer][bug] in output
+    assert run(program, bug, "right") == (0, "")
