@@ -273,7 +273,7 @@ class Worker {
 };
 
 template <class T, class Group>
-__global__ void __launch_bounds__(kBlock, 1) dual(Rows<T> all, Workspace workspace) {
+__global__ void __launch_bounds__(kBlock, 2) dual(Rows<T> all, Workspace workspace) {
   SHARED_ARRAY(double, scratch, kWarps* kWidest);
   SHARED_ARRAY(double, solvers, Group::kSolvers*((sizeof(RowSolver) + 7) / 8));
   SHARED_ARRAY(double, orders, Group::kSolvers*((sizeof(Order) + 7) / 8));
