@@ -183,7 +183,7 @@ def test_rows(given, family, group):
 
 # 1200 entries for 512 threads; the last row's mu is what a saturated row has.
 @dtypes
-@pytest.mark.parametrize("given", ["losses", "costs", "clean"])
+@pytest.mark.parametrize("given", ["losses", "costs", "clean", "costs and clean"])
 def test_backward(dtype, given):
     generator = torch.Generator().manual_seed(0)
     losses, weights = (torch.rand(3, 400, generator=generator).to(dtype) for _ in range(2))
@@ -192,7 +192,7 @@ def test_backward(dtype, given):
     costs[:, ::10] = inf
     tensors = (
         *(torch.tensor(values, dtype=dtype) for values in ([1.7, -2.0, 1.0], [0.3, 0.7, 0.0])),
-        *(weights, losses, costs if given != "losses" else None, losses - 0.2 if given == "clean" else None),
+        *(weights, losses, costs if "costs" in given else None, losses - 0.2 if "clean" in given else None),
     )
     for grad, expected in zip(backward(*tensors), reference.dual_backward(*tensors), strict=True):
         torch.testing.assert_close(grad, expected, rtol=2e-7 if dtype == torch.float32 else 1e-15, atol=0)
@@ -242,3 +242,143 @@ def test_registers_and_memory(arch, real):
     assert len(registers) == 4
     assert max(registers) <= 128
     assert max(int(count) for count in re.findall(r"(\d+) bytes smem", report)) <= 8192
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# on a GPU: the operator, with the launches of csrc/cuda/dual.cu
+
+# The shortest rows that get a group of this kind, or a little more.
+LENGTHS = {"warp": 100, "block": 300, "grid": 17_000}
+
+
+def operator():
+    served_by = library.backends()["dual"][0]["cuda"]
+    if served_by != "cuda":
+        pytest.skip(f"CUDA tensors are served by {served_by} here, not by armor._C_cuda")
+    return torch.ops.armor.dual
+
+
+def random_rows(n, seed=0):
+    """losses, costs, clean_losses on the device."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    losses, costs, gains = (torch.rand(5, n, generator=generator, device="cuda") for _ in range(3))
+    return losses.exp(), 0.1 * costs, losses.exp() - gains
+
+
+NUMBERS = Problem([], divergence="renyi", alpha=1.25).numbers()
+
+
+@pytest.mark.gpu
+@groups
+@dtypes
+@pytest.mark.parametrize("problem", cases.golden(), ids=str)
+def test_golden_on_the_device(problem, dtype, group):
+    problem = tiled(problem, 1 if group == "warp" else -(-LENGTHS[group] // len(problem.losses)))
+    cases.assert_golden(problem, solve(operator(), problem, dtype, "cuda"), dtype)
+
+
+@pytest.mark.gpu
+@groups
+@pytest.mark.parametrize("given", ["losses", "costs", "clean"])
+def test_rows_on_the_device(given, group):
+    losses, costs, clean = many_rows(LENGTHS[group])
+    tensors = losses, costs if given != "losses" else None, clean if given == "clean" else None
+    solution = operator()(*(None if t is None else t.cuda() for t in tensors), *NUMBERS)
+    expected = torch.ops.armor.dual(*tensors, *NUMBERS)
+    assert solution[4].tolist() == expected[4].tolist()
+    torch.testing.assert_close(solution[0].cpu(), expected[0], rtol=1e-12, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(solution[3].cpu(), expected[3], rtol=1e-5, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.gpu
+@groups
+def test_reruns_are_bit_equal(group):
+    rows = random_rows(LENGTHS[group])
+    first = operator()(*rows, *NUMBERS)
+    for _ in range(10):
+        assert_bit_equal(first, operator()(*rows, *NUMBERS))
+
+
+@pytest.mark.gpu
+@groups
+def test_cuda_graphs(group):
+    dual, dual_backward = operator(), torch.ops.armor.dual_backward
+    rows, ones = random_rows(LENGTHS[group]), torch.ones(5, device="cuda")
+
+    def step():
+        output = dual(*rows, *NUMBERS)
+        return *output, *dual_backward(ones, output[1], output[3], *rows)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        for static, new in zip(rows, random_rows(LENGTHS[group], seed), strict=True):
+            static.copy_(new)
+        graph.replay()
+        assert_bit_equal(captured, step())
+
+
+# The rows arrive on the stream only after it has slept: a launch on any other stream would not wait for them. And two
+# cooperative launches at a time must neither wait for each other nor share their workspace.
+@pytest.mark.gpu
+@groups
+def test_streams(group):
+    dual = operator()
+    rows = [random_rows(LENGTHS[group], seed) for seed in (1, 2)]
+    expected = [dual(*given, *NUMBERS) for given in rows]
+    arriving = [tuple(torch.zeros_like(t) for t in given) for given in rows]
+    streams = [torch.cuda.Stream() for _ in rows]
+    torch.cuda.synchronize()
+    solutions = [[], []]
+    for stream, given, later in zip(streams, rows, arriving, strict=True):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            for zeros, values in zip(later, given, strict=True):
+                zeros.copy_(values)
+    for _ in range(20):
+        for stream, later, found in zip(streams, arriving, solutions, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(dual(*later, *NUMBERS))
+    torch.cuda.synchronize()
+    for one, found in zip(expected, solutions, strict=True):
+        for other in found:
+            assert_bit_equal(one, other)
+
+
+@pytest.mark.gpu
+@groups
+def test_no_host_synchronisation(group):
+    operator()
+    losses, costs, clean = (t.requires_grad_() for t in random_rows(LENGTHS[group]))
+
+    def step():
+        return dc_loss(losses, costs, clean_losses=clean, radius=0.1, kappa=0.01).sum().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# More than 2^31 entries, as a few rows for the grid and as many for warps. Copies of a known row have its solution.
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "copies"), [(3, 2**25), (2**26 + 1, 1)])
+def test_offsets_beyond_32_bits(rows, copies):
+    dual, dual_backward = operator(), torch.ops.armor.dual_backward
+    needed = 4 * 4 * rows * copies * 32  # losses, weights, gradients, and one to spare
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of device memory")
+    problem = next(p for p in cases.golden() if len(p.losses) == 32 and p.costs is None and p.value != max(p.losses))
+    losses = problem.tensors(torch.float32, "cuda")[0].repeat(rows, copies)
+    value, lam, _, weights, status, _ = dual(losses, None, None, *problem.numbers())
+    assert value[-1].item() == pytest.approx(problem.value, rel=1e-6)
+    assert (value == value[-1]).all()
+    assert (status == Status.CONVERGED).all()
+    known = torch.tensor(problem.weights, device="cuda") / copies
+    torch.testing.assert_close(weights[-1, -32:], known, rtol=1e-3, atol=1e-6 / copies)
+    grads = dual_backward(torch.full_like(value, 2.0), lam, weights, losses, None, None)
+    assert torch.equal(grads[0][-1], 2 * weights[-1])

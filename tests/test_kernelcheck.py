@@ -44,9 +44,10 @@ SANITIZED = {
 }
 
 
-def run(program, bug, state):
+def run(program, bug, state, schedules):
     first_report = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    result = subprocess.run([program, bug, state], capture_output=True, text=True, env=first_report)
+    command = [program, bug, state, str(schedules)]
+    result = subprocess.run(command, capture_output=True, text=True, env=first_report)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -58,20 +59,20 @@ def plain():
 @pytest.mark.parametrize("bug", PLAIN)
 def test_schedules_find(bug):
     status, message = PLAIN[bug]
-    found, output = run(plain(), bug, "broken")
+    found, output = run(plain(), bug, "broken", 30)
     assert found == status, output
     assert re.search(message, output)
 
 
 @pytest.mark.parametrize("bug", dict.fromkeys([*PLAIN, *SANITIZED["address"], *SANITIZED["thread"]]))
 def test_repaired_bugs_pass(bug):
-    assert run(plain(), bug, "right") == (0, "")
+    assert run(plain(), bug, "right", 30) == (0, "")
 
 
 @pytest.mark.parametrize(("sanitizer", "bug"), [(name, bug) for name, bugs in SANITIZED.items() for bug in bugs])
 def test_sanitizers_find(sanitizer, bug):
     program = toolchain.sanitized("bugs.cpp", sanitizer)
-    status, output = run(program, bug, "broken")
+    status, output = run(program, bug, "broken", 2)
     assert status != 0
     assert SANITIZED[sanitizer][bug] in output
-    assert run(program, bug, "right") == (0, "")
+    assert run(program, bug, "right", 2) == (0, "")

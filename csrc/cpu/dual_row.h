@@ -130,10 +130,12 @@ struct RowLoops {
       slope = splat(1.0);
       return exp(p.b * z);
     } else {
-      const Vec ky = p.k * (p.b * z), u = ky + 1.0;
-      const Mask active = u > 0.0;
-      slope = active ? 1.0 / u : Vec{};
-      return active ? exp(log1p(active ? ky : Vec{}) * (1.0 / p.k)) : Vec{};
+      Vec ky = p.k * (p.b * z);
+      const Mask active = ky > -1.0;
+      ky = active ? ky : Vec{};
+      const Vec u = ky + 1.0, reciprocal = 1.0 / u;
+      slope = active ? reciprocal : Vec{};
+      return active ? exp(log1p(ky, u, reciprocal) * (1.0 / p.k)) : Vec{};
     }
   }
 

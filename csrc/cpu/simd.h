@@ -76,10 +76,9 @@ ARMOR_INLINE Vec exp(Vec x) {
   return x > -708.0 ? poly * scale : Vec{};
 }
 
-// log(1 + x) for x > -1: log of u = 1 + x by atanh series, plus what rounding u lost.
-ARMOR_INLINE Vec log1p(Vec x) {
-  const Vec u = x + 1.0;
-  const Vec lost = (x - (u - 1.0)) / u;
+// log(1 + x) for x > -1, given u = 1 + x and its reciprocal: log u by atanh series, plus what rounding u lost.
+ARMOR_INLINE Vec log1p(Vec x, Vec u, Vec reciprocal) {
+  const Vec lost = (x - (u - 1.0)) * reciprocal;
   // u = m 2^e with m in [sqrt(1/2), sqrt(2)); e goes from integer to double through the mantissa of 2^52, because
   // AVX2 has no such conversion
   typedef uint64_t Bits __attribute__((vector_size(8 * kLanes)));

@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kBlock) dual_backward(Gradients<T> g) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < g.rows * g.n; i += step) {
     const int64_t r = i / g.n;
     const T gw = g.grad[r] * g.weights[i];
-    const bool moved = !g.clean || moves(g.losses[i], g.mu[r], g.costs[i], g.clean[i]);
+    const bool moved = !g.clean || moves(g.losses[i], g.mu[r], g.costs ? g.costs[i] : T(0), g.clean[i]);
     g.to_losses[i] = moved ? gw : T(0);
     if (g.costs) g.to_costs[i] = moved && g.weights[i] != T(0) ? -g.mu[r] * gw : T(0);
     if (g.clean) g.to_clean[i] = moved ? T(0) : gw;

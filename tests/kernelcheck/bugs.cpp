@@ -1,10 +1,12 @@
-// Kernels that hold one bug each, to test the host shim itself: `bugs NAME broken` runs one under a dozen schedules, and
-// `bugs NAME right` runs it with the bug repaired. Exits with 0 when every schedule gave the right result, with 1 when one
-// did not, with 2 when the shim refused one, and as a sanitizer pleases when that objects. tests/test_kernelcheck.py
-// tells which of these every bug must come to.
+// Kernels that hold one bug each, to test the host shim itself: `bugs NAME broken SCHEDULES` runs one of them, and
+// `bugs NAME right SCHEDULES` runs it with the bug repaired. Exits with 0 when every schedule gave the right result, with 1
+// when one did not, with 2 when the shim refused one, and as a sanitizer pleases when that objects.
+// tests/test_kernelcheck.py tells which of these every bug must come to.
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <vector>
@@ -187,14 +189,14 @@ bool right(const Bug& bug, bool broken, cuemu::Schedule schedule) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 3;
+  if (argc != 4) return 3;
   for (const Bug& bug : kBugs) {
     if (std::strcmp(argv[1], bug.name) != 0) continue;
     int outcome = 0;
-    for (unsigned seed = 0; seed < 12; ++seed) {
+    for (int seed = 0; seed < std::atoi(argv[3]); ++seed) {
       const auto order = seed == 0 ? cuemu::Order::forward : seed == 1 ? cuemu::Order::reverse : cuemu::Order::random;
       try {
-        if (!right(bug, std::strcmp(argv[2], "broken") == 0, {order, seed})) outcome = 1;
+        if (!right(bug, std::strcmp(argv[2], "broken") == 0, {order, static_cast<uint64_t>(seed)})) outcome = 1;
       } catch (const std::exception& error) {
         std::printf("%s\n", error.what());
         return 2;
