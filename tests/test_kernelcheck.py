@@ -76,3 +76,10 @@ def test_sanitizers_find(sanitizer, bug):
     assert status != 0
     assert SANITIZED[sanitizer][bug] in output
     assert run(program, bug, "right", 2) == (0, "")
+
+
+# The way to change fibers where there is no assembly for it.
+def test_other_processors():
+    program = toolchain.host_shim("bugs.cpp", "-O1", "-DCUEMU_UCONTEXT")
+    assert run(program, "missing_grid_barrier", "broken", 3) == (WRONG, "")
+    assert run(program, "missing_grid_barrier", "right", 3) == (0, "")

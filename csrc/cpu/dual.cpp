@@ -1,28 +1,16 @@
 // armor::dual on the CPU (docs/solver.md). Rows run in parallel; a long row is cut into chunks that run in parallel too.
 // The cut depends on the length alone and partial sums are added in order, so the result does not depend on threads.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-#include "armor/row.h"
+#include "../tensors.h"
 
 namespace armor::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 8192;
 
@@ -163,124 +151,44 @@ void solve_row(Row<T> row, const Settings& settings, bool parallel, const Output
   *out.passes = solver.passes;
 }
 
-// `t`, contiguous, once it is known to match `like`.
 template <class T>
-Tensor samples(const Tensor& t, const Tensor& like, const char* name) {
-  bool same = t.dim() == like.dim();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, "armor::dual: ", name, " has another shape than losses");
-  STD_TORCH_CHECK(t.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double), "armor::dual: ", name,
-                  " must have the dtype of losses, float32 or float64");
-  return torch::stable::contiguous(t);
-}
-
-template <class T>
-const T* pointer(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
-}
-
-template <class T>
-T* pointer(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class T>
-Outputs run(const Tensor& losses_in, const std::optional<Tensor>& costs_in, const std::optional<Tensor>& clean_in,
-            Settings settings) {
-  const Tensor losses = samples<T>(losses_in, losses_in, "losses");
-  std::optional<Tensor> costs, clean;
-  if (costs_in) costs = samples<T>(*costs_in, losses, "costs");
-  if (clean_in) clean = samples<T>(*clean_in, losses, "clean_losses");
-
-  const int64_t n = losses.size(losses.dim() - 1), rows = losses.numel() / n;
-  std::vector<int64_t> shape(losses.dim() - 1);
-  for (size_t i = 0; i < shape.size(); ++i) shape[i] = losses.size(i);
-  const auto per_row = [&](ScalarType dtype) { return torch::stable::new_empty(losses, shape, dtype); };
-  const ScalarType dtype = losses.scalar_type();
-  Outputs out{per_row(dtype), per_row(dtype), per_row(dtype), torch::stable::empty_like(losses),
-              per_row(ScalarType::Int), per_row(ScalarType::Int)};
-  auto& [value, lam, nu, weights, status, passes] = out;
-
-  const T *loss = pointer<T>(losses), *cost = pointer<T>(costs), *kept = pointer<T>(clean);
-  settings.tolerance = sizeof(T) == 4 ? 1e-6 : 1e-12;
-  const Output<T> first{pointer<T>(value), pointer<T>(lam), pointer<T>(nu), pointer<T>(weights),
-                        pointer<int32_t>(status), pointer<int32_t>(passes)};
+void solve_rows(const Rows<T>& all) {
+  const int64_t n = all.n;
   const auto solve = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Row<T> row{loss + r * n, cost ? cost + r * n : nullptr, kept ? kept + r * n : nullptr, n, {}};
-      solve_row(row, settings, rows == 1,
-                {first.value + r, first.lam + r, first.nu + r, first.weights + r * n, first.status + r,
-                 first.passes + r});
+      const Row<T> row{all.losses + r * n, all.costs ? all.costs + r * n : nullptr,
+                       all.clean ? all.clean + r * n : nullptr, n, {}};
+      solve_row(row, all.settings, all.rows == 1,
+                {all.value + r, all.lam + r, all.nu + r, all.weights + r * n, all.status + r, all.passes + r});
     }
   };
-  if (rows == 1) solve(0, 1);
-  else if (rows > 1) torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 2048 / n), solve);
-  return out;
+  if (all.rows == 1) solve(0, 1);
+  else torch::stable::parallel_for(0, all.rows, std::max<int64_t>(1, 2048 / n), solve);
 }
 
-Outputs dual(const Tensor& losses, const std::optional<Tensor>& costs, const std::optional<Tensor>& clean,
-             int64_t divergence, double alpha, double radius, double kappa, double max_dual) {
-  STD_TORCH_CHECK(losses.dim() > 0 && losses.size(losses.dim() - 1) > 0,
-                  "armor::dual: losses must hold at least one sample along the last dimension");
-  STD_TORCH_CHECK(divergence >= 0 && divergence <= 2, "armor::dual: divergence must be 0, 1 or 2, got ", divergence);
-  const Settings settings{Family(static_cast<Kind>(divergence), alpha), radius, kappa, max_dual, 0.0, bool(costs),
-                          bool(clean)};
-  if (losses.scalar_type() == ScalarType::Float) return run<float>(losses, costs, clean, settings);
-  return run<double>(losses, costs, clean, settings);
+DualOutputs dual_op(const Tensor& losses, const std::optional<Tensor>& costs, const std::optional<Tensor>& clean,
+                    int64_t divergence, double alpha, double radius, double kappa, double max_dual) {
+  return dual(losses, costs, clean, divergence, alpha, radius, kappa, max_dual,
+              [](const auto& rows, const Tensor&) { solve_rows(rows); });
 }
 
-// Gradients of the value: the weights, on the branch that each sample took (docs/math.md, section 1).
-template <class T>
-std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& grad_value, const Tensor& mu_in, const Tensor& weights_in,
-                                                const Tensor& losses_in, const std::optional<Tensor>& costs_in,
-                                                const std::optional<Tensor>& clean_in) {
-  const Tensor grad = torch::stable::contiguous(grad_value), mu = torch::stable::contiguous(mu_in);
-  const Tensor losses = samples<T>(losses_in, losses_in, "losses"), weights = samples<T>(weights_in, losses, "weights");
-  std::optional<Tensor> costs, clean;
-  if (costs_in) costs = samples<T>(*costs_in, losses, "costs");
-  if (clean_in) clean = samples<T>(*clean_in, losses, "clean_losses");
-  const auto like = [&](bool wanted) {
-    return wanted ? torch::stable::empty_like(weights) : torch::stable::new_empty(weights, {0});
-  };
-  std::tuple<Tensor, Tensor, Tensor> out{like(true), like(bool(costs)), like(bool(clean))};
-  T *to_losses = pointer<T>(std::get<0>(out)), *to_costs = pointer<T>(std::get<1>(out)),
-    *to_clean = pointer<T>(std::get<2>(out));
-  const T *g = pointer<T>(grad), *m = pointer<T>(mu), *w = pointer<T>(weights), *loss = pointer<T>(losses);
-  const T *cost = pointer<T>(costs), *kept = pointer<T>(clean);
-  const int64_t n = losses.size(losses.dim() - 1);
-  torch::stable::parallel_for(0, losses.numel(), 16384, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last;) {
-      const int64_t r = i / n, end = std::min(last, (r + 1) * n);
-      if (!cost && !kept) {
-        for (; i < end; ++i) to_losses[i] = g[r] * w[i];
-        continue;
+DualGradients dual_backward_op(const Tensor& grad, const Tensor& mu, const Tensor& weights, const Tensor& losses,
+                               const std::optional<Tensor>& costs, const std::optional<Tensor>& clean) {
+  return dual_backward(grad, mu, weights, losses, costs, clean, [](const auto& g, const Tensor&) {
+    torch::stable::parallel_for(0, g.rows * g.n, 16384, [&](int64_t first, int64_t last) {
+      for (int64_t i = first, r = first / g.n; i < last; ++i) {
+        if (i == (r + 1) * g.n) ++r;
+        g.write(r, i);
       }
-      for (; i < end; ++i) {
-        const T gw = g[r] * w[i];
-        const bool moved = !kept || !cost || moves(loss[i], m[r], cost[i], kept[i]);
-        to_losses[i] = moved ? gw : T(0);
-        if (cost) to_costs[i] = moved && w[i] != T(0) ? -m[r] * gw : T(0);
-        if (kept) to_clean[i] = moved ? T(0) : gw;
-      }
-    }
+    });
   });
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> dual_backward(const Tensor& grad_value, const Tensor& mu, const Tensor& weights,
-                                                 const Tensor& losses, const std::optional<Tensor>& costs,
-                                                 const std::optional<Tensor>& clean) {
-  if (weights.scalar_type() == ScalarType::Float) return run_backward<float>(grad_value, mu, weights, losses, costs, clean);
-  return run_backward<double>(grad_value, mu, weights, losses, costs, clean);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(armor, CPU, m) {
-  m.impl("dual", TORCH_BOX(&dual));
-  m.impl("dual_backward", TORCH_BOX(&dual_backward));
+  m.impl("dual", TORCH_BOX(&dual_op));
+  m.impl("dual_backward", TORCH_BOX(&dual_backward_op));
 }
 
 }  // namespace armor::cpu

@@ -16,15 +16,6 @@ constexpr int kWarps = kBlock / kWarp;
 constexpr int64_t kWarpRow = 256;     // rows up to this length take a warp,
 constexpr int64_t kBlockRow = 16384;  // up to this one a block, longer ones the grid
 
-template <class T>
-struct Rows {
-  const T *losses, *costs, *clean;  // [rows, n]; the last two may be null
-  T *value, *lam, *nu, *weights;
-  int *status, *passes;
-  int64_t rows, n;
-  Settings settings;
-};
-
 // The first threads of every block of a grid-wide row meet here: two sets of one partial result per block.
 struct Workspace {
   double* partials;
@@ -332,24 +323,10 @@ __global__ void __launch_bounds__(kBlock, 2) dual(Rows<T> all, Workspace workspa
 }
 
 template <class T>
-struct Gradients {
-  const T *grad, *mu, *weights, *losses, *costs, *clean;
-  T *to_losses, *to_costs, *to_clean;
-  int64_t rows, n;
-};
-
-// The weights, on the branch that each sample took (docs/math.md, section 1).
-template <class T>
 __global__ void __launch_bounds__(kBlock) dual_backward(Gradients<T> g) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < g.rows * g.n; i += step) {
-    const int64_t r = i / g.n;
-    const T gw = g.grad[r] * g.weights[i];
-    const bool moved = !g.clean || moves(g.losses[i], g.mu[r], g.costs ? g.costs[i] : T(0), g.clean[i]);
-    g.to_losses[i] = moved ? gw : T(0);
-    if (g.costs) g.to_costs[i] = moved && g.weights[i] != T(0) ? -g.mu[r] * gw : T(0);
-    if (g.clean) g.to_clean[i] = moved ? T(0) : gw;
-  }
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < g.rows * g.n; i += step)
+    g.write(i / g.n, i);
 }
 
 }  // namespace armor::cuda

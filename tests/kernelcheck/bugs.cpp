@@ -1,6 +1,6 @@
 // Kernels that hold one bug each, to test the host shim itself: `bugs NAME broken SCHEDULES` runs one of them, and
-// `bugs NAME right SCHEDULES` runs it with the bug repaired. Exits with 0 when every schedule gave the right result, with 1
-// when one did not, with 2 when the shim refused one, and as a sanitizer pleases when that objects.
+// `bugs NAME right SCHEDULES` runs it with the bug repaired. Exits with 0 when every schedule gave the right result,
+// with 1 when one did not, with 2 when the shim refused one, and as a sanitizer pleases when that objects.
 // tests/test_kernelcheck.py tells which of these every bug must come to.
 
 #include <cmath>

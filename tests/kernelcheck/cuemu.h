@@ -1,17 +1,19 @@
-// Runs the kernels of csrc/cuda on a CPU, so that they can be proved without a GPU: csrc/cuda/portable.cuh includes this
-// file when ARMOR_HOST_SHIM is defined. No CUDA toolkit is needed.
+// Runs the kernels of csrc/cuda on a CPU, so that they can be proved without a GPU: csrc/cuda/portable.cuh includes
+// this file when ARMOR_HOST_SHIM is defined. No CUDA toolkit is needed.
 //
-// Every CUDA thread is a fiber, which runs until it waits for others (a barrier, a warp shuffle) or reaches an atomic or
-// a fence; then a seeded schedule says who goes on. What it shows:
+// Every CUDA thread is a fiber, which runs until it waits for others (a barrier, a warp shuffle) or reaches an atomic
+// or a fence; then a seeded schedule says who goes on. What that shows:
 // - a missing barrier, as a wrong or NaN result under some schedule, because shared memory starts out as NaN, and with
 //   -fsanitize=thread as a data race under any, because only what orders memory on a GPU does so here;
 // - barriers and shuffles that threads meet at different places or not at all, a grid barrier without every block being
-//   resident, too much shared memory: launch() throws std::runtime_error that names the threads and the lines;
-// - accesses out of bounds of global or shared memory, with -fsanitize=address; misaligned ones and other undefined
-//   behaviour, with -fsanitize=undefined.
+//   resident, too much shared memory: launch() throws a std::runtime_error that names the thread and the line;
+// - accesses out of the bounds of global or shared memory, with -fsanitize=address; misaligned ones and other
+//   undefined behaviour, with -fsanitize=undefined.
 // What it cannot show: speed and registers; values as nvcc computes them (it contracts a * b + c, and has another libm);
 // reorderings that a GPU's weak memory model allows and that no data race betrays; code that nvcc rejects.
-// Launches are one-dimensional, warp functions take full masks, and shared memory is static: kernels need no more so far.
+//
+// Launches are one-dimensional and one at a time, warp functions take full masks, and shared memory is static: kernels
+// have needed no more so far.
 #pragma once
 
 #include <sys/mman.h>
@@ -30,7 +32,10 @@
 #include <utility>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(CUEMU_UCONTEXT)
+#define CUEMU_UCONTEXT
+#endif
+#if defined(CUEMU_UCONTEXT)
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -117,7 +122,7 @@ inline void unpoison([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t
 // ---- fibers --------------------------------------------------------------------------------------------------------
 
 // The registers of a fiber that does not run.
-#if defined(__x86_64__)
+#if !defined(CUEMU_UCONTEXT)
 struct Context {
   void* stack_pointer = nullptr;
 

@@ -1,5 +1,5 @@
-// The kernels that csrc/cuda/dual.cu launches for one dtype (-DREAL=float or double), without PyTorch: what nvcc makes of
-// them is checked for every architecture by tests/test_dual_cuda.py.
+// The kernels that csrc/cuda/dual.cu launches for one dtype (-DREAL=float or double), without PyTorch: what nvcc makes
+// of them is checked for every architecture by tests/test_dual_cuda.py.
 #include "dual.cuh"
 
 namespace armor::cuda {

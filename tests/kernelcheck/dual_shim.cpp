@@ -1,6 +1,6 @@
-// The kernels of csrc/cuda/dual.cuh under the host shim (cuemu.h). As a library it is what tests/test_dual_cuda.py calls;
-// as a program it is what the sanitizers watch: rows of every sort through every kind of group under several schedules,
-// each compared with the same kernel run by one thread.
+// The kernels of csrc/cuda/dual.cuh under the host shim (cuemu.h). As a library it is what tests/test_dual_cuda.py
+// calls; as a program it is what the sanitizers watch: rows of every sort through every kind of group under several
+// schedules, each compared with the same kernel run by one thread.
 
 #include "cuemu.h"  // first: it says what __device__ is
 
@@ -150,7 +150,12 @@ struct Solution {
   std::vector<int> status, passes;
 
   Solution(const Problem<T>& p, const Settings& settings, const How& how)
-      : value(p.rows, T(NAN)), lam(value), nu(value), weights(p.losses.size(), T(NAN)), status(p.rows, -1), passes(status) {
+      : value(p.rows, T(NAN)),
+        lam(value),
+        nu(value),
+        weights(p.losses.size(), T(NAN)),
+        status(p.rows, -1),
+        passes(status) {
     solve(how, Rows<T>{p.losses.data(), p.costs.empty() ? nullptr : p.costs.data(),
                        p.clean.empty() ? nullptr : p.clean.data(), value.data(), lam.data(), nu.data(), weights.data(),
                        status.data(), passes.data(), p.rows, p.n, settings});

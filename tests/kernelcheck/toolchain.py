@@ -1,6 +1,6 @@
-"""Compilers for the tests of kernels: g++ for what the host shim runs, with and without sanitizers, and nvcc for what it
-says about registers and memory. Output is kept in build/kernelcheck under a hash of everything that went in. A test that
-needs what the machine does not have is skipped with the reason.
+"""Compilers for the tests of kernels: g++ for what the host shim runs, with and without sanitizers, and nvcc for what
+it says about registers and memory. Output is kept in build/kernelcheck under a hash of everything that went in. A test
+that needs what the machine does not have is skipped with the reason.
 """
 
 import functools

@@ -12,6 +12,33 @@ struct Settings {
   bool costs, clean;
 };
 
+// All rows of one call; costs and clean may be null.
+template <class T>
+struct Rows {
+  const T *losses, *costs, *clean;  // [rows, n]
+  T *value, *lam, *nu, *weights;
+  int *status, *passes;
+  int64_t rows, n;
+  Settings settings;
+};
+
+// All that the backward pass reads and writes; costs and clean, and their gradients, may be null.
+template <class T>
+struct Gradients {
+  const T *grad, *mu, *weights, *losses, *costs, *clean;
+  T *to_losses, *to_costs, *to_clean;
+  int64_t rows, n;
+
+  // Sample i of row r: its weight, on the branch that it took (docs/math.md, section 1).
+  ARMOR_FN void write(int64_t r, int64_t i) const {
+    const T gw = grad[r] * weights[i];
+    const bool moved = !clean || moves(losses[i], mu[r], costs ? costs[i] : T(0), clean[i]);
+    to_losses[i] = moved ? gw : T(0);
+    if (costs) to_costs[i] = moved && weights[i] != T(0) ? -mu[r] * gw : T(0);
+    if (clean) to_clean[i] = moved ? T(0) : gw;
+  }
+};
+
 // What one look over the samples finds. With `clean`, a loss here is the larger of the sample's two. A sample whose cost
 // is +inf cannot move: its clean loss counts, and without one it is not usable.
 struct Scan {
