@@ -26,18 +26,15 @@ SANITIZERS = {
 
 def host_shim(source: str, *flags: str) -> Path:
     """A program, or with `-shared` a library, made of a source of this folder under the host shim."""
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
+    if reason := _missing(*flags):
+        pytest.skip(f"{COMPILER} {' '.join(flags)}: {reason}")
     options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DARMOR_HOST_SHIM"]
     return _built([COMPILER, *options, *flags, *INCLUDES, HERE / source], source)[0]
 
 
 def sanitized(source: str, sanitizer: str) -> Path:
     """The same with one of SANITIZERS."""
-    flags = SANITIZERS[sanitizer]
-    if reason := _missing(*flags):
-        pytest.skip(f"{COMPILER} {flags[-1]}: {reason}")
-    return host_shim(source, *flags)
+    return host_shim(source, *SANITIZERS[sanitizer])
 
 
 def ptxas_report(source: str, arch: int, *flags: str) -> str:
@@ -71,9 +68,9 @@ def _nvcc() -> Path | None:
 def _built(command: list, source: str) -> tuple[Path, str]:
     """What `command` makes of a source, and what it printed, from an earlier call where nothing has changed."""
     digest = hashlib.sha256(repr(command).encode() + _output((command[0], "--version")).encode())
-    for folder in (HERE, ROOT / "csrc"):
-        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")):
-            digest.update(file.read_bytes())
+    headers = (path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*.*h"))  # .h and .cuh
+    for file in [HERE / source, *sorted(headers)]:
+        digest.update(file.read_bytes())
     target = ROOT / "build" / "kernelcheck" / f"{Path(source).stem}-{digest.hexdigest()[:16]}"
     log = target.with_suffix(".log")
     if not target.exists():
@@ -90,6 +87,9 @@ def _built(command: list, source: str) -> tuple[Path, str]:
 @functools.cache
 def _missing(*flags: str) -> str:
     """Why a program that is compiled with these flags does not run here, or nothing."""
+    if shutil.which(COMPILER) is None:
+        return "no such compiler"
+    flags = tuple(flag for flag in flags if flag != "-shared")
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "nothing.cpp"), Path(folder, "nothing")
         source.write_text("int main() {}")
