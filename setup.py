@@ -154,9 +154,7 @@ class Build(BuildExtension):
         except Exception as error:
             if ARMOR_CUDA == "1":
                 raise
-            self.outcome["missing"]["_C_cuda"] = (
-                f"nvcc of {cuda_home} failed ({error}); ARMOR_CUDA=1 shows how"
-            )
+            self.outcome["missing"]["_C_cuda"] = f"nvcc of {cuda_home} failed ({error}); ARMOR_CUDA=1 shows how"
             self.extensions = [cpu]
         else:
             self.outcome["cuda"] = "{}.{}".format(*cuda_version(cuda_home))

@@ -1,4 +1,4 @@
-"""armor::dual in Triton: one program solves one row, the whole iteration on the device (docs/math.md, sections 2 and 3).
+"""armor::dual in Triton: one program solves one row, the whole iteration on the device (docs/math.md, section 2).
 
 It is the twin of csrc/include/armor/{divergence,root,dual,row}.h, function by function and name by name; the reasons
 stand there and in docs/solver.md. Everything is float64, as there. KIND is 0 for KL, 1 for alpha, 2 for Renyi.
@@ -562,9 +562,7 @@ def _dual(
 
     while (done == 0) & (rounds < MAX_ROUNDS):
         if COSTS:
-            top_v, top_cost = _top(
-                losses, costs, clean, n, unit, max_unit, inverse, mu, CLEAN, BLOCK
-            )
+            top_v, top_cost = _top(losses, costs, clean, n, unit, max_unit, inverse, mu, CLEAN, BLOCK)
             passes += 1
         w, wz, wzg, wzzg, wd, wdg, wzdg, wddg, z_min, d_min, z_out = _sums(
             losses, costs, clean, n, unit, max_unit, inverse, b, mu, top_v, top_cost, k, KIND, COSTS, CLEAN, BLOCK
@@ -707,9 +705,7 @@ def _dual(
                         crossed = _across_truncation(candidate, x, r, slope, target, count, s0, z_out, k)
                         candidate = tl.where(t < 0.0, crossed, candidate)
                     x_next, bracket = _next(bracket, candidate)
-                y_next = _clamp(
-                    y_curve + dy_dx * (x_next - x), tl.maximum(y_min, y - 6.0), tl.minimum(y_max, y + 6.0)
-                )
+                y_next = _clamp(y_curve + dy_dx * (x_next - x), tl.maximum(y_min, y - 6.0), tl.minimum(y_max, y + 6.0))
         done = converged
         if (converged == 0) & (rounds < MAX_ROUNDS):  # DualSolver::go
             x = -y_next if KIND == 0 else x_next

@@ -6,9 +6,9 @@ bench_dual.py times `PROVIDERS` on `cases()`; tests/test_benchmarks.py holds the
 import functools
 
 import torch
-from armor.ops import dc_loss
 
 from armor import reference
+from armor.ops import dc_loss
 from benchmarks import naive
 
 # One row from a small batch to a million samples, and the many small problems of [B, K] losses.

@@ -123,9 +123,7 @@ def _solve_renyi(row, radius, alpha, kappa):
     def value(x):
         mu, rho = x
         mean = np.average((rho - row) ** power)
-        return (
-            mu * radius + rho - mu * ((np.log(alpha) + 1 - np.log(mu)) / alpha + np.log(mean) / (alpha - 1))
-        )
+        return mu * radius + rho - mu * ((np.log(alpha) + 1 - np.log(mu)) / alpha + np.log(mean) / (alpha - 1))
 
     def gradient(x):
         mu, rho = x

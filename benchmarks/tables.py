@@ -22,9 +22,7 @@ def full(records):
     """Provenance, targets, and the table of times of every thread count and mode."""
     times = _times(records)
     sections = dict.fromkeys((key[0], key[4]) for key in times)
-    return _join(
-        [_provenance(records), _targets(times), *(_section(times, *section) for section in sections)]
-    )
+    return _join([_provenance(records), _targets(times), *(_section(times, *section) for section in sections)])
 
 
 def summary(records):

@@ -175,10 +175,7 @@ def scipy_value(problem: Problem) -> float:
         a = losses / mu - costs
         if problem.clean_losses is not None:
             a = np.maximum(a, np.asarray(problem.clean_losses) / mu)
-        return (
-            mu * (problem.radius + cumulant(a, problem.divergence, problem.alpha))
-            - problem.kappa * problem.radius
-        )
+        return mu * (problem.radius + cumulant(a, problem.divergence, problem.alpha)) - problem.kappa * problem.radius
 
     low = math.log(max(problem.kappa, 1e-6 * spread))
     high = math.log(spread) + 12

@@ -101,9 +101,7 @@ def test_quick_run_end_to_end(tmp_path):
     timed = {(r["divergence"], r["n"], r["mode"], r["provider"]) for r in rows if r["metric"] == "time"}
     wanted = {(c[0], *c[2:]) for c in cases.cases() if c[1:3] == (1, 128) and c[4] != "compile"}
     assert timed == wanted
-    assert all(
-        0 < r["p20"] <= r["p50"] <= r["p80"] and r["unit"] == "us" for r in rows if r["metric"] == "time"
-    )
+    assert all(0 < r["p20"] <= r["p50"] <= r["p80"] and r["unit"] == "us" for r in rows if r["metric"] == "time")
     assert all(r["p50"] < 1e-5 for r in rows if r["metric"] == "error")
     assert {r["threads"] for r in rows} == {1}
     assert {r["torch"] for r in rows} == {torch.__version__}

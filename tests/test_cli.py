@@ -90,11 +90,7 @@ def test_printed_table_is_metrics_json(tiny_run):
         # Recomputed from the single runs, so that neither the table nor the summary is taken at its word.
         final = {
             method: np.array(
-                [
-                    r["final"][metric]
-                    for r in metrics["runs"]
-                    if (r["setting"], r["method"]) == (setting, method)
-                ]
+                [r["final"][metric] for r in metrics["runs"] if (r["setting"], r["method"]) == (setting, method)]
             )
             for method in ("mean", "dc")
         }
@@ -114,10 +110,7 @@ def test_printed_table_is_metrics_json(tiny_run):
 def test_run_folder_is_complete(tiny_run):
     folder, _ = tiny_run
     jobs = [
-        f"{s}-seed{i}-{m}"
-        for s in ("long-tail", "balanced", "label-noise")
-        for i in (0, 1)
-        for m in ("mean", "dc")
+        f"{s}-seed{i}-{m}" for s in ("long-tail", "balanced", "label-noise") for i in (0, 1) for m in ("mean", "dc")
     ]
     assert sorted(path.stem for path in (folder / "checkpoints").iterdir()) == sorted(jobs)
     for job in jobs:
@@ -280,9 +273,7 @@ def test_images_train_the_cnn(tmp_path, capsys, data, suffix):
     command = ["train", "--data", data, "--data-dir", str(tmp_path / "data"), *options, "--workers", "1"]
     assert cli.main([*command, "--runs-dir", str(tmp_path), "--name", "images"]) == 0
     assert "cannot be judged: balanced (one seed has no spread" in capsys.readouterr().out
-    model = torch.load(tmp_path / "images" / "checkpoints" / "balanced-seed0-dc.pt", weights_only=True)[
-        "model"
-    ]
+    model = torch.load(tmp_path / "images" / "checkpoints" / "balanced-seed0-dc.pt", weights_only=True)["model"]
     # The published CNN: 3x3 convolutions 32, 32, 64, 64 and linear 3136-100-10.
     shapes = [tuple(weight.shape) for name, weight in model.items() if name.endswith("weight")]
     assert shapes == [(32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (100, 3136), (10, 100)]
@@ -308,19 +299,14 @@ def test_ctrl_c_ends_every_process(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        assert process.stdout.readline().startswith(
-            "6 models on cpu: long-tail, balanced, label-noise x 1 seeds"
-        )
+        assert process.stdout.readline().startswith("6 models on cpu: long-tail, balanced, label-noise x 1 seeds")
         wait_until(lambda: len(members(process.pid)) >= 3, 60)
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert (
-        error.splitlines()[-1]
-        == "armor: interrupted; the checkpoints of finished jobs stay in the run folder"
-    )
+    assert error.splitlines()[-1] == "armor: interrupted; the checkpoints of finished jobs stay in the run folder"
     assert "Traceback" not in error
     wait_until(lambda: not members(process.pid), 10)
 

@@ -208,9 +208,7 @@ def test_vmap(options, given):
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0), (2, None)])
 def test_vmap_over_some_inputs(in_dims):
     losses = torch.randn(4, 8, 6) if in_dims[0] is not None else torch.randn(3, 8)
-    costs = 0.05 * torch.rand(
-        losses.shape[in_dims[0] or 0] if in_dims[0] is not None else 6, *_rest(losses, in_dims)
-    )
+    costs = 0.05 * torch.rand(losses.shape[in_dims[0] or 0] if in_dims[0] is not None else 6, *_rest(losses, in_dims))
     costs = costs if in_dims[1] == 0 else costs[0]
     mapped = func.vmap(lambda loss, cost: dc_loss(loss, cost, radius=0.1), in_dims=in_dims)(losses, costs)
     for i in range(mapped.shape[0]):

@@ -101,9 +101,7 @@ def test_agrees_with_scipy(family, n, kind):
 
 
 # The gap rho* - max falls from 1e-5 of the range to below what float64 can add to the maximum.
-@pytest.mark.parametrize(
-    ("alpha", "radius", "n"), [(2.95, 0.2, 100), (2.95, 2.0, 10), (6.0, 1.0, 32), (2.95, 6.0, 5)]
-)
+@pytest.mark.parametrize(("alpha", "radius", "n"), [(2.95, 0.2, 100), (2.95, 2.0, 10), (6.0, 1.0, 32), (2.95, 6.0, 5)])
 def test_renyi_gaps_beyond_float32(backend, alpha, radius, n):
     losses = [0.1 * (i % 7) + i for i in range(n)]
     value, gap = cases.renyi_in_many_digits(losses, alpha, radius)
@@ -160,9 +158,7 @@ def test_weights_are_feasible_and_close_the_gap(problem):
     assert min(weights) >= 0
     assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
     assert spent <= problem.radius * (1 + 1e-6 + cusp) + 1e-14
-    primal = (
-        math.fsum(w * loss for w, loss in zip(weights, problem.losses, strict=True)) - problem.kappa * spent
-    )
+    primal = math.fsum(w * loss for w, loss in zip(weights, problem.losses, strict=True)) - problem.kappa * spent
     assert primal == pytest.approx(solution.value.item(), abs=slack(problem, 1e-8 + cusp))
     if solution.lam > 1e-6 * slack(problem, 1.0):  # complementary slackness
         assert spent == pytest.approx(problem.radius, rel=1e-5 + cusp)
@@ -193,9 +189,7 @@ def test_batches_agree_with_the_reference(family, form, rows, n, radius):
         costs[::3] *= 3
     clean = losses - uniform() if form == "clean" else None
     numbers = Problem([], divergence=family[0], alpha=family[1], radius=radius).numbers()
-    ours, oracle = (
-        cases.Solution(*raw(losses, costs, clean, *numbers)) for raw in (compiled(), reference.dual)
-    )
+    ours, oracle = (cases.Solution(*raw(losses, costs, clean, *numbers)) for raw in (compiled(), reference.dual))
     assert torch.equal(ours.status, oracle.status)
     stopped = ours.status == Status.MAX_DUAL
     torch.testing.assert_close(ours.value[~stopped], oracle.value[~stopped], rtol=0, atol=5e-12)
@@ -349,9 +343,7 @@ def test_at_the_edge_of_saturation(family, n, ulps):
 
 @pytest.mark.parametrize("family", [("renyi", 1.25), ("renyi", 2.95)], ids=name_of)
 def test_renyi_of_order_above_one_never_saturates(backend, family):
-    solution = solve(
-        backend, Problem([1.0, 3.0, 2.5, 3.0], divergence=family[0], alpha=family[1], radius=3.0)
-    )
+    solution = solve(backend, Problem([1.0, 3.0, 2.5, 3.0], divergence=family[0], alpha=family[1], radius=3.0))
     assert solution.value.item() < 3
     assert solution.lam.item() > 0
     assert (solution.weights > 0).all()
@@ -386,9 +378,7 @@ def test_radius_zero_is_the_mean(backend, family):
     name, alpha = family
     assert solution.value.item() == 3.25
     assert solution.lam.item() == inf
-    assert (
-        solution.nu.item() == {"kl": 0.0, "alpha": -1 / ((alpha or 0) - 1), "renyi": 1 / (alpha or 1)}[name]
-    )
+    assert solution.nu.item() == {"kl": 0.0, "alpha": -1 / ((alpha or 0) - 1), "renyi": 1 / (alpha or 1)}[name]
     assert solution.weights.tolist() == [0.25] * 4
     assert solution.status == Status.CONVERGED
 
@@ -403,17 +393,13 @@ def test_small_radius(backend, family, radius):
     solution = solve(backend, problem)
     excess = solution.value.item() - losses.mean().item()
     assert excess == pytest.approx(deviation * math.sqrt(2 * radius), rel=20 * math.sqrt(radius) + 1e-7)
-    assert solution.lam.item() == pytest.approx(
-        deviation / math.sqrt(2 * radius), rel=20 * math.sqrt(radius) + 1e-3
-    )
+    assert solution.lam.item() == pytest.approx(deviation / math.sqrt(2 * radius), rel=20 * math.sqrt(radius) + 1e-3)
     assert solution.status == Status.CONVERGED
 
 
 @families
 def test_frozen_transport_beyond_the_budget_stops_at_max_dual(backend, family):
-    problem = Problem(
-        [1.0, 2.0, 4.0], costs=[1.0, 1.0, 2.0], divergence=family[0], alpha=family[1], max_dual=50.0
-    )
+    problem = Problem([1.0, 2.0, 4.0], costs=[1.0, 1.0, 2.0], divergence=family[0], alpha=family[1], max_dual=50.0)
     solution = solve(backend, problem)
     scores = torch.tensor(problem.losses).double().numpy() / 50 - problem.costs
     assert solution.value.item() == pytest.approx(50 * (0.1 + cases.cumulant(scores, *family)), rel=1e-12)
@@ -443,9 +429,7 @@ def test_costs_split_the_ties_of_a_saturated_row(backend):
     solution = solve(backend, replace(problem, radius=threshold + 0.01))
     assert solution.value.item() == 3
     assert solution.lam.item() == 0
-    assert solution.weights.tolist() == pytest.approx(
-        [1 / (1 + math.exp(-0.2)), 0, 1 / (1 + math.exp(0.2))], rel=1e-12
-    )
+    assert solution.weights.tolist() == pytest.approx([1 / (1 + math.exp(-0.2)), 0, 1 / (1 + math.exp(0.2))], rel=1e-12)
     assert solution.status == Status.SATURATED
     assert solve(backend, replace(problem, radius=threshold - 0.01)).value.item() < 3
 
@@ -453,9 +437,7 @@ def test_costs_split_the_ties_of_a_saturated_row(backend):
 @families
 def test_equal_losses_with_costs(backend, family):
     # Only the costs tell the samples apart: the maximum where the budget covers them, no bound where not.
-    problem = Problem(
-        [2.0, 2.0, 2.0], costs=[0.0, 0.1, 0.3], divergence=family[0], alpha=family[1], radius=0.2
-    )
+    problem = Problem([2.0, 2.0, 2.0], costs=[0.0, 0.1, 0.3], divergence=family[0], alpha=family[1], radius=0.2)
     solution = solve(backend, problem)
     assert solution.value.item() == 2
     assert solution.lam.item() == 0
@@ -531,9 +513,7 @@ def test_extreme_magnitudes(backend, family, losses):
     # The same row in units of 1, which no step of the solve can overflow.
     unit = max(abs(loss) for loss in losses) if losses[0] != 1e15 + 1 else 1.0
     offset = 1e15 if unit == 1 else 0.0
-    small = solve(
-        reference.dual, Problem([(loss - offset) / unit for loss in losses], None, None, name, alpha, 0.1)
-    )
+    small = solve(reference.dual, Problem([(loss - offset) / unit for loss in losses], None, None, name, alpha, 0.1))
     assert solution.value.item() == pytest.approx(unit * small.value.item() + offset, rel=1e-12)
     assert solution.weights.tolist() == pytest.approx(small.weights.tolist(), abs=1e-7)
 
@@ -658,9 +638,7 @@ def test_raw_backward_agrees_with_the_reference(dtype, given):
 
 
 def test_gradients_of_undefined_rows():
-    losses = torch.tensor(
-        [[1.0, inf, inf], [1.0, nan, 2.0], [1.0, -inf, 2.0], [1.0, 2.0, 4.0]], requires_grad=True
-    )
+    losses = torch.tensor([[1.0, inf, inf], [1.0, nan, 2.0], [1.0, -inf, 2.0], [1.0, 2.0, 4.0]], requires_grad=True)
     costs = torch.zeros(4, 3, requires_grad=True)
     dc_loss(losses, costs, radius=0.1).sum().backward()
     assert losses.grad[0].tolist() == [0, 0.5, 0.5]
@@ -712,9 +690,7 @@ def test_strides(layout, dtype):
     assert not all(t.is_contiguous() for t in strided) or layout == "offset"
     for losses, costs, clean in (packed, strided):
         dc_loss(losses, costs, clean_losses=clean, radius=0.1).sum().backward()
-    values = [
-        dc_loss(losses, costs, clean_losses=clean, radius=0.1) for losses, costs, clean in (packed, strided)
-    ]
+    values = [dc_loss(losses, costs, clean_losses=clean, radius=0.1) for losses, costs, clean in (packed, strided)]
     assert torch.equal(*values)
     for one, other in zip(packed, strided, strict=True):
         assert torch.equal(one.grad, other.grad)
@@ -799,9 +775,7 @@ def test_long_rows_are_summed_in_float64():
     value = dc_loss(losses, radius=1e-4)
     exact = losses.double()
     log_mu = torch.linspace(4.0, 4.6, 601, dtype=torch.float64)  # sd / sqrt(2 eps) is 71
-    objective = torch.stack(
-        [m * (1e-4 + torch.logsumexp(exact / m, 1) - math.log(1e6)) for m in log_mu.exp()]
-    )
+    objective = torch.stack([m * (1e-4 + torch.logsumexp(exact / m, 1) - math.log(1e6)) for m in log_mu.exp()])
     assert value.item() == pytest.approx(objective.min().item(), rel=1e-7)
     assert value.item() == pytest.approx(exact.mean().item() + math.sqrt(2e-4) * exact.std().item(), rel=1e-5)
 

@@ -46,9 +46,7 @@ def environment(folder, *, sees_torch):
 
 
 def run(python, *arguments, cwd, **variables):
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in ("ARMOR_CUDA", "ARMOR_BACKEND", "TRITON_INTERPRET")
-    }
+    inherited = {k: v for k, v in os.environ.items() if k not in ("ARMOR_CUDA", "ARMOR_BACKEND", "TRITON_INTERPRET")}
     return subprocess.run(
         [str(python), *map(str, arguments)],
         cwd=cwd,
@@ -119,9 +117,7 @@ def cpu_python(tmp_path_factory):
     python = environment(tmp_path_factory.mktemp("cpu"), sees_torch=False)
     found = run(python, "-m", "pip", "install", f"torch=={CPU_TORCH}", cwd="/")
     if found.returncode:
-        pytest.skip(
-            f"torch=={CPU_TORCH} cannot be had from the configured indexes: {found.stderr.splitlines()[-1]}"
-        )
+        pytest.skip(f"torch=={CPU_TORCH} cannot be had from the configured indexes: {found.stderr.splitlines()[-1]}")
     return python
 
 
@@ -172,9 +168,9 @@ def test_a_wheel_built_with_one_torch_runs_on_another(cpu_python, wheel):
 
 def test_without_torch_one_sentence_says_what_to_do(tmp_path, sources):
     python = environment(tmp_path, sees_torch=False)
-    assert (
-        "install torch, setuptools and ninja first, then run `pip install --no-build-isolation .`"
-    ) in pip_refuses(python, sources)
+    assert ("install torch, setuptools and ninja first, then run `pip install --no-build-isolation .`") in pip_refuses(
+        python, sources
+    )
 
 
 def test_cuda_required_but_impossible_is_an_error(python, sources):
@@ -224,9 +220,7 @@ def test_an_nvcc_shim_on_path_does_not_hide_the_toolkit(tmp_path, python, source
     shim.chmod(0o755)
     path = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
     # One architecture is enough: what used to fail is the link.
-    pip_install(
-        python, sources, ARMOR_CUDA="1", CUDA_HOME="", CUDA_PATH="", PATH=path, TORCH_CUDA_ARCH_LIST="9.0"
-    )
+    pip_install(python, sources, ARMOR_CUDA="1", CUDA_HOME="", CUDA_PATH="", PATH=path, TORCH_CUDA_ARCH_LIST="9.0")
     (package,) = python.parent.parent.glob("lib/python*/site-packages/armor")
     assert json.loads((package / "_build.json").read_text())["architectures"] == "9.0"
     assert "cuda (armor/_C_cuda)   available" in report(python)

@@ -26,9 +26,7 @@ SATURATED = "torch.ops.armor.dual(torch.tensor([[0., 1.]]), None, None, 0, 0., 1
 
 def run(code, *, path=None, **environment):
     """The last line that `code` prints in a fresh interpreter, with armor imported from `path` if given."""
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("ARMOR_BACKEND", "TRITON_INTERPRET")
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("ARMOR_BACKEND", "TRITON_INTERPRET")}
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
@@ -41,9 +39,7 @@ def run(code, *, path=None, **environment):
 @pytest.fixture
 def bare_package(tmp_path):
     """A copy of the Python files alone, as on a machine where nothing could be compiled."""
-    shutil.copytree(
-        PACKAGE, tmp_path / "armor", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    )
+    shutil.copytree(PACKAGE, tmp_path / "armor", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     return tmp_path
 
 
@@ -90,9 +86,9 @@ def test_import_touches_no_device_and_no_kernel_language():
 
 @COMPILED
 def test_the_compiled_module_serves_the_cpu_by_default():
-    assert run(
-        "import armor.library as l; print({op: chosen['cpu'] for op, (chosen, _) in l.backends().items()})"
-    ) == ("{'dual': 'cpp', 'dual_backward': 'cpp'}")
+    assert run("import armor.library as l; print({op: chosen['cpu'] for op, (chosen, _) in l.backends().items()})") == (
+        "{'dual': 'cpp', 'dual_backward': 'cpp'}"
+    )
 
 
 def test_the_reference_can_be_asked_for():
@@ -103,9 +99,7 @@ def test_the_reference_can_be_asked_for():
 def test_triton_can_be_asked_for():
     pytest.importorskip("triton")
     code = "import torch, armor.library as l; print(l.backends()['dual'][0], " + SATURATED + "[0].item())"
-    assert (
-        run(code, ARMOR_BACKEND="triton", TRITON_INTERPRET="1") == "{'cpu': 'triton', 'cuda': 'triton'} 1.0"
-    )
+    assert run(code, ARMOR_BACKEND="triton", TRITON_INTERPRET="1") == "{'cpu': 'triton', 'cuda': 'triton'} 1.0"
     # Compiled Triton kernels cannot run on CPU tensors: there the choice stays what it would have been.
     assert run("import armor.library as l; print(l.backends()['dual'][0])", ARMOR_BACKEND="triton") in (
         "{'cpu': 'cpp', 'cuda': 'triton'}",
@@ -125,16 +119,12 @@ def test_without_compiled_modules_the_reference_serves_and_the_reason_is_kept(ba
         "import torch, armor.library as l; chosen, missing = l.backends()['dual']; "
         "print(l.HERE.parent, chosen['cpu'], missing['cpp'], " + SATURATED + "[0].item(), sep=' | ')"
     )
-    assert (
-        run(code, path=bare_package) == f"{bare_package} | reference | armor/_C.abi3.so was not built | 1.0"
-    )
+    assert run(code, path=bare_package) == f"{bare_package} | reference | armor/_C.abi3.so was not built | 1.0"
 
 
 def test_a_module_that_does_not_load_is_no_import_error(bare_package):
     (bare_package / "armor/_C.abi3.so").write_bytes(b"not a shared object")
-    code = (
-        "import torch, armor.library as l; c, m = l.backends()['dual']; print(c['cpu'], m['cpp'], sep=' | ')"
-    )
+    code = "import torch, armor.library as l; c, m = l.backends()['dual']; print(c['cpu'], m['cpp'], sep=' | ')"
     answer = run(code, path=bare_package)
     assert answer.startswith("reference | armor/_C.abi3.so does not load: ")
     assert "file too short" in answer or "invalid ELF header" in answer

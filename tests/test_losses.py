@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from armor.losses import DCLoss, LearnedDual
 from armor.ops import DualResult, Status, dc_loss, dc_objective
 
-families = pytest.mark.parametrize(
-    "family", FAMILIES, ids=lambda f: f[0] if f[1] is None else f"{f[0]}-{f[1]:g}"
-)
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f[0] if f[1] is None else f"{f[0]}-{f[1]:g}")
 forms = pytest.mark.parametrize("form", ["losses", "costs", "clean", "kappa"])
 
 
@@ -135,9 +133,7 @@ def test_renyi_objective_is_infinite_up_to_the_largest_score():
 
 
 def test_objective_has_second_derivatives():
-    losses = torch.randn(
-        6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
-    )
+    losses = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     duals = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.9, -1.3)]
 
     def bound(losses, lam, nu):

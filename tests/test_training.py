@@ -81,8 +81,7 @@ def test_pgd_stays_in_ball_and_box_and_raises_the_loss(loss, eps):
     assert not x_adv.requires_grad
     if eps > 0:
         assert (
-            F.cross_entropy(model(x_adv), y, reduction="none")
-            > F.cross_entropy(model(x), y, reduction="none")
+            F.cross_entropy(model(x_adv), y, reduction="none") > F.cross_entropy(model(x), y, reduction="none")
         ).all()
 
 
@@ -190,8 +189,7 @@ def test_digits_parts_are_balanced():
 def test_no_sample_is_in_two_parts_nor_tested_by_one_seed_and_tuned_on_by_another():
     y = torch.arange(10).repeat(180)
     first, second = (
-        data._split(torch.arange(1800.0), y, 20, 40, 114, torch.Generator().manual_seed(seed))
-        for seed in (0, 1)
+        data._split(torch.arange(1800.0), y, 20, 40, 114, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
     for splits in (first, second):
         used = torch.cat([part.x for part in vars(splits).values()])
@@ -205,8 +203,7 @@ def test_long_tail_sizes_fall_by_the_ratio_in_an_order_of_the_seed():
     c = resolve(TrainConfig())
     train = load(c).train
     counts = [
-        torch.bincount(data.apply_setting(train, "long-tail", c, stream(s, "setting")).y).tolist()
-        for s in (0, 1)
+        torch.bincount(data.apply_setting(train, "long-tail", c, stream(s, "setting")).y).tolist() for s in (0, 1)
     ]
     # floor(114 * 20 ** (-k / 9)), k = 0..9
     assert [sorted(count, reverse=True) for count in counts] == [[114, 81, 58, 41, 30, 21, 15, 11, 7, 5]] * 2
@@ -248,9 +245,7 @@ def write_images(folder, suffix: str, train: int = 240, test: int = 60) -> dict[
         images = (rng.integers(0, 20, (count, 28, 28)) + 20 * labels[:, None, None]).astype(np.uint8)
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             content = idx(array)
-            (folder / f"{part}-{kind}-ubyte{suffix}").write_bytes(
-                gzip.compress(content) if suffix else content
-            )
+            (folder / f"{part}-{kind}-ubyte{suffix}").write_bytes(gzip.compress(content) if suffix else content)
             arrays[f"{part}-{kind}"] = array
     return arrays
 
@@ -261,9 +256,7 @@ def test_idx_files_are_read(tmp_path, suffix, layout):
     arrays = write_images(tmp_path / layout, suffix)
     splits = load(TrainConfig(data="mnist", data_dir=str(tmp_path)))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (220, 20, 60)
-    assert torch.equal(
-        (splits.test.x * 255).round().byte().squeeze(1), torch.from_numpy(arrays["t10k-images-idx3"])
-    )
+    assert torch.equal((splits.test.x * 255).round().byte().squeeze(1), torch.from_numpy(arrays["t10k-images-idx3"]))
     assert splits.test.y.tolist() == arrays["t10k-labels-idx1"].tolist()
     # Brightness tells the class, so images and labels were kept together through the split.
     assert torch.equal((splits.train.x.mean((1, 2, 3)) * 255 / 20).long(), splits.train.y)
@@ -330,9 +323,7 @@ def test_control_step_is_plain_adversarial_sgd():
     x_adv = pgd(twin.model, x, y, eps=0.1, steps=10, step_size=0.025, generator=twin.noise)
     loss = F.cross_entropy(twin.model(x_adv), y)
     gradients = torch.autograd.grad(loss, list(twin.model.parameters()))
-    for parameter, before, gradient in zip(
-        state.model.parameters(), twin.model.parameters(), gradients, strict=True
-    ):
+    for parameter, before, gradient in zip(state.model.parameters(), twin.model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter, before - 0.5 * gradient)
     assert record[0] == record[1]
     assert record[0].item() == pytest.approx(loss.item(), rel=1e-6)
@@ -351,9 +342,7 @@ def test_reweighted_step_descends_the_weighted_loss():
     losses = F.cross_entropy(twin.model(x_adv), y, reduction="none")
     weights = dc_loss(losses, radius=0.3, kappa=0.01, return_dual=True)[1].weights
     gradients = torch.autograd.grad((weights * losses).sum(), list(twin.model.parameters()))
-    for parameter, before, gradient in zip(
-        state.model.parameters(), twin.model.parameters(), gradients, strict=True
-    ):
+    for parameter, before, gradient in zip(state.model.parameters(), twin.model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter, before - 0.5 * gradient, rtol=1e-4, atol=1e-6)
     assert record[0] > record[1]  # the worst case lies above the mean
     assert 1 / 12 < record[3] < 1
@@ -417,9 +406,7 @@ def test_a_job_is_deterministic_under_its_seed(tmp_path):
         files.append(checkpoint.load(loop.checkpoint_path(c, loop.Job("long-tail", seed, "dc"))))
     assert entries[0] == entries[1] != entries[2]
     assert all(torch.equal(files[0]["model"][name], files[1]["model"][name]) for name in files[0]["model"])
-    assert all(
-        torch.equal(files[0]["samples"][name], files[1]["samples"][name]) for name in files[0]["samples"]
-    )
+    assert all(torch.equal(files[0]["samples"][name], files[1]["samples"][name]) for name in files[0]["samples"])
 
 
 def test_checkpoint_holds_the_model_that_was_judged(tmp_path):
@@ -497,14 +484,8 @@ def test_findings_follow_the_numbers():
         *entries("label-noise", [0.70, 0.72, 0.71], [0.60, 0.61, 0.62]),
     ]
     helps, hurts, unclear = report.findings(report.summarize(runs))
-    assert (
-        helps
-        == "In robust accuracy re-weighting helps: long-tail (+10.0 +- 0.6 points, better on 3 of 3 seeds)."
-    )
-    assert (
-        hurts
-        == "In robust accuracy re-weighting hurts: label-noise (-10.0 +- 0.6 points, better on 0 of 3 seeds)."
-    )
+    assert helps == "In robust accuracy re-weighting helps: long-tail (+10.0 +- 0.6 points, better on 3 of 3 seeds)."
+    assert hurts == "In robust accuracy re-weighting hurts: label-noise (-10.0 +- 0.6 points, better on 0 of 3 seeds)."
     assert "makes no clear difference: balanced (+0.3 +- 0.7 points, better on 2 of 3 seeds)" in unclear
 
     (single,) = report.findings(report.summarize(entries("balanced", [0.8], [0.9])))

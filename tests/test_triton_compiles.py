@@ -1,5 +1,5 @@
 """The Triton kernels, compiled ahead of time for real architectures without a device: what the interpreter accepts the
-compiler may not, and a kernel that spills is a slow one. tests/test_dual_triton.py says that they compute the right thing.
+compiler may not, and a kernel that spills is a slow one. tests/test_dual_triton.py says what they compute.
 """
 
 import re
@@ -26,14 +26,10 @@ def compile_for(target, kernel, n, real, **constants):
     constants = {**constants, "BLOCK": block}
     integers = {"status_ptr": "*i32", "passes_ptr": "*i32", "n": "i32", "total": "i32"}
     signature = {
-        name: "constexpr"
-        if name in constants
-        else integers.get(name, f"*{real}" if name.endswith("_ptr") else "fp64")
+        name: "constexpr" if name in constants else integers.get(name, f"*{real}" if name.endswith("_ptr") else "fp64")
         for name in kernel.arg_names
     }
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": warps})
 

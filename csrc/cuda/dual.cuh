@@ -115,6 +115,7 @@ struct GridGroup {
   template <class Part>
   __device__ Part reduce(const Part& mine) {
     constexpr int words = sizeof(Part) / sizeof(double);
+    static_assert(words <= kWidest, "the workspace is laid out for the widest partial result");
     const Part part = block.reduce(mine);
     double* set = partials + static_cast<int64_t>(turn) * gridDim.x * kWidest;
     turn ^= 1;  // a block is never more than one barrier ahead, so two sets are enough

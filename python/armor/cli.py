@@ -24,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("armor"):
             raise
-        return _say(
-            f"armor train needs {error.name}; install armor with its `train` extra, pip install '.[train]'", 2
-        )
+        return _say(f"armor train needs {error.name}; install armor with its `train` extra, pip install '.[train]'", 2)
 
 
 def _train_command(arguments: list[str]) -> int:
@@ -40,9 +38,7 @@ def _train_command(arguments: list[str]) -> int:
     train = jsonargparse.ArgumentParser(
         description="Train with uniform weights and with the D^c loss, several seeds, and compare.", **strict
     )
-    train.add_argument(
-        "--config", action="config", help="YAML file with any of the options below; later options win"
-    )
+    train.add_argument("--config", action="config", help="YAML file with any of the options below; later options win")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run of the same name")
     train.add_class_arguments(TrainConfig, as_group=False)
     parser = jsonargparse.ArgumentParser(
@@ -50,9 +46,7 @@ def _train_command(arguments: list[str]) -> int:
     )
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train, help="train with and without the D^c loss and compare")
-    commands.add_subcommand(
-        "info", jsonargparse.ArgumentParser(), help="versions, backends and what is missing"
-    )
+    commands.add_subcommand("info", jsonargparse.ArgumentParser(), help="versions, backends and what is missing")
 
     try:
         options = parser.parse_args([_underscored(argument) for argument in arguments]).train

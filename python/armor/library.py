@@ -84,8 +84,7 @@ def _(
     clean: Tensor | None,
 ) -> tuple[Tensor, ...]:
     return tuple(
-        losses.new_empty((0,)) if given is None else given.new_empty(given.shape)
-        for given in (losses, costs, clean)
+        losses.new_empty((0,)) if given is None else given.new_empty(given.shape) for given in (losses, costs, clean)
     )
 
 
@@ -145,9 +144,7 @@ def _assign(op: str, device: str, candidates: tuple[str, ...]) -> str:
         if backend in _missing[op]:
             continue
         if backend == "triton":
-            torch.library.impl(
-                f"armor::{op}", device, _lazy(f"armor_kernels.{op.removesuffix('_backward')}", op)
-            )
+            torch.library.impl(f"armor::{op}", device, _lazy(f"armor_kernels.{op.removesuffix('_backward')}", op))
         elif backend in MODULES and not _has_kernel(op, device):
             _missing[op][backend] = f"armor/{MODULES[backend]} has no {op}"
             continue

@@ -16,7 +16,8 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-INCLUDES = [f"-I{folder}" for folder in (HERE, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda")]
+FOLDERS = [HERE, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda"]
+INCLUDES = [f"-I{folder}" for folder in FOLDERS]
 COMPILER = os.environ.get("CXX", "c++")  # the one that torch.utils.cpp_extension takes, too
 SANITIZERS = {
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -68,7 +69,7 @@ def _nvcc() -> Path | None:
 def _built(command: list, source: str) -> tuple[Path, str]:
     """What `command` makes of a source, and what it printed, from an earlier call where nothing has changed."""
     digest = hashlib.sha256(repr(command).encode() + _output((command[0], "--version")).encode())
-    headers = (path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*.*h"))  # .h and .cuh
+    headers = (path for folder in FOLDERS for path in folder.rglob("*.*h"))  # .h and .cuh
     for file in [HERE / source, *sorted(headers)]:
         digest.update(file.read_bytes())
     target = ROOT / "build" / "kernelcheck" / f"{Path(source).stem}-{digest.hexdigest()[:16]}"

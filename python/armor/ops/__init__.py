@@ -1,4 +1,4 @@
-"""Differentiable operators. Each is one call on tensors of any device; `armor.library` decides which kernel serves it."""
+"""Differentiable operators, each one call on tensors of any device; `armor.library` decides which kernel serves it."""
 
 from armor.ops.dual import DualResult, Status, dc_loss, dc_objective
 

@@ -46,9 +46,7 @@ def pgd(
             x_adv = x_adv.detach().requires_grad_()
             logits = model(x_adv)
             # The sum, not the mean: sign steps ignore the scale, and no gradient underflows in a large batch.
-            objective = (
-                F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else margin(logits, y).sum()
-            )
+            objective = F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else margin(logits, y).sum()
             (gradient,) = torch.autograd.grad(objective, x_adv)
             x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv

@@ -162,9 +162,7 @@ def parse_number(value: str | float, name: str) -> float:
     try:
         number = float(Fraction(value))
     except (ValueError, ZeroDivisionError, OverflowError, TypeError):
-        raise ConfigError(
-            f"{name} must be a number such as 0.1 or a fraction such as 8/255, got {value!r}"
-        ) from None
+        raise ConfigError(f"{name} must be a number such as 0.1 or a fraction such as 8/255, got {value!r}") from None
     return number
 
 
@@ -182,9 +180,7 @@ def resolve(given: TrainConfig) -> ResolvedConfig:
     config = ResolvedConfig(**{**values, "device": _resolve_device(given.device), "recorded": None})
 
     if not config.settings:
-        raise ConfigError(
-            f"settings must name at least one of {', '.join(SETTINGS)}, got {config.settings!r}"
-        )
+        raise ConfigError(f"settings must name at least one of {', '.join(SETTINGS)}, got {config.settings!r}")
     for setting in config.settings:
         _check_choice("settings", setting, SETTINGS)
     if len(set(config.settings)) < len(config.settings):
@@ -244,9 +240,7 @@ def _resolve_device(name: str) -> str:
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(name.partition(":")[2] or 0) >= count:
-            raise ConfigError(
-                f"device {name} asked for, but torch sees {count} CUDA devices; use --device cpu or auto"
-            )
+            raise ConfigError(f"device {name} asked for, but torch sees {count} CUDA devices; use --device cpu or auto")
     return name
 
 

@@ -121,17 +121,11 @@ def _images(name: str, data_dir: str | None) -> Splits:
     test_x, test_y = (read_idx(find_idx(name, data_dir, "t10k", kind), kind) for kind in ("images", "labels"))
     for part, images, labels in (("train", x, y), ("t10k", test_x, test_y)):
         if len(images) != len(labels):
-            raise ConfigError(
-                f"{name}: {len(images)} {part} images but {len(labels)} {part} labels in {data_dir}"
-            )
+            raise ConfigError(f"{name}: {len(images)} {part} images but {len(labels)} {part} labels in {data_dir}")
         if images.shape[1:] != (28, 28):
-            raise ConfigError(
-                f"{name}: the {part} images in {data_dir} are {images.shape[1:]}, expected (28, 28)"
-            )
+            raise ConfigError(f"{name}: the {part} images in {data_dir} are {images.shape[1:]}, expected (28, 28)")
         if len(labels) and labels.max() >= CLASSES:
-            raise ConfigError(
-                f"{name}: the {part} labels in {data_dir} go up to {labels.max()}, expected 0 to 9"
-            )
+            raise ConfigError(f"{name}: the {part} labels in {data_dir} go up to {labels.max()}, expected 0 to 9")
     splits = _split(_pixels(x), torch.from_numpy(y).long(), IMAGE_VALIDATION, 0, None, torch.Generator())
     test_labels = torch.from_numpy(test_y).long()
     return Splits(splits.train, splits.validation, Samples(_pixels(test_x), test_labels, test_labels))
@@ -151,9 +145,7 @@ def _split(
         members = fixed[y[fixed] == label]
         held = validation if isinstance(validation, int) else math.ceil(validation * len(members))
         if len(members) <= held + test:
-            raise ConfigError(
-                f"class {label} has {len(members)} samples, too few to split off a validation part"
-            )
+            raise ConfigError(f"class {label} has {len(members)} samples, too few to split off a validation part")
         rest = members[held:][torch.randperm(len(members) - held, generator=generator)]
         parts["validation"].append(members[:held])
         parts["test"].append(rest[:test])
@@ -215,7 +207,5 @@ def read_idx(path: pathlib.Path, kind: str) -> np.ndarray:
     shape = struct.unpack(f">{dimensions}I", data[4:header])
     expected = int(np.prod(shape, dtype=object))
     if len(data) - header != expected:
-        raise ConfigError(
-            f"{path} holds {len(data) - header} bytes of data, its header {shape} announces {expected}"
-        )
+        raise ConfigError(f"{path} holds {len(data) - header} bytes of data, its header {shape} announces {expected}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()

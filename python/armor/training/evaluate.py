@@ -52,9 +52,7 @@ def evaluate(
 
     y = samples.y.cpu()
     accuracy["worst_class"] = min(
-        survived["robust"][y == label].double().mean().item()
-        for label in range(CLASSES)
-        if (y == label).any()
+        survived["robust"][y == label].double().mean().item() for label in range(CLASSES) if (y == label).any()
     )
     return {name: accuracy[name] for name in METRICS}
 

@@ -40,9 +40,7 @@ def run_job(job: Job, progress: Callable[[int], object], config: ResolvedConfig)
     """Trains and judges one model; returns the job's entry of metrics.json. `config` must be resolved."""
     started = time.perf_counter()
     splits = data.load(config, stream(job.seed, "split"))
-    train = data.apply_setting(splits.train, job.setting, config, stream(job.seed, "setting")).to(
-        config.device
-    )
+    train = data.apply_setting(splits.train, job.setting, config, stream(job.seed, "setting")).to(config.device)
     validation = splits.validation[:CURVE_SAMPLES].to(config.device)
     judged = (splits.test if config.evaluate_on == "test" else splits.validation).to(config.device)
     dual = config.dual if job.method == "dc" else None
@@ -55,9 +53,7 @@ def run_job(job: Job, progress: Callable[[int], object], config: ResolvedConfig)
     for epoch in range(config.epochs):
         record = train_epoch(state, train, config, dual, progress)
         if not (record[0].isfinite() and record[1].isfinite()):
-            raise FloatingPointError(
-                f"the loss is {record[1].item()} in epoch {epoch + 1}; a smaller --lr may help"
-            )
+            raise FloatingPointError(f"the loss is {record[1].item()} in epoch {epoch + 1}; a smaller --lr may help")
         curve = validation_accuracy(state.model, validation, config, job.seed)
         for name, value in zip(history, [*record.tolist(), *curve], strict=True):
             history[name].append(value)

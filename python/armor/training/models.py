@@ -46,5 +46,6 @@ def mnist_cnn(classes: int = 10) -> nn.Sequential:
     for layer in model:
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return model

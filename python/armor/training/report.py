@@ -70,8 +70,7 @@ def table(summary: Sequence[dict], config: ResolvedConfig) -> str:
                     f"{100 * entry['mean']:.1f}",
                     f"{100 * entry['dc']:.1f}",
                     _difference(entry),
-                    f"{entry['won']} of {entry['seeds']}"
-                    + (f", {entry['tied']} tied" if entry["tied"] else ""),
+                    f"{entry['won']} of {entry['seeds']}" + (f", {entry['tied']} tied" if entry["tied"] else ""),
                 ]
             )
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
@@ -81,9 +80,7 @@ def table(summary: Sequence[dict], config: ResolvedConfig) -> str:
         for width, pad in zip(widths, align, strict=True)
     )
     lines = [
-        "| "
-        + " | ".join(pad(cell, width) for cell, width, pad in zip(row, widths, align, strict=True))
-        + " |"
+        "| " + " | ".join(pad(cell, width) for cell, width, pad in zip(row, widths, align, strict=True)) + " |"
         for row in [header, *rows]
     ]
     lines.insert(1, f"|{rule}|")
@@ -116,9 +113,7 @@ def findings(summary: Sequence[dict]) -> list[str]:
         won = f"better on {entry['won']} of {entry['seeds']} seeds"
         groups[verdict].append(f"{entry['setting']} ({_difference(entry)} points, {won})")
     return [
-        f"In robust accuracy re-weighting {verdict}: {'; '.join(found)}."
-        for verdict, found in groups.items()
-        if found
+        f"In robust accuracy re-weighting {verdict}: {'; '.join(found)}." for verdict, found in groups.items() if found
     ]
 
 
@@ -203,17 +198,13 @@ def _samples(samples: dict, setting: str, config: ResolvedConfig) -> Figure:
     figure = Figure(figsize=(1.05 * count + 0.6, 3.8), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     for index, axis in enumerate(axes.flat):
-        label, true_label, predicted = (
-            int(samples[name][index]) for name in ("label", "true_label", "predicted")
-        )
+        label, true_label, predicted = (int(samples[name][index]) for name in ("label", "true_label", "predicted"))
         axis.imshow(samples["x_adv"][index, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set_xticks([])
         axis.set_yticks([])
         noisy = f" (true {true_label})" if label != true_label else ""
         weight = float(samples["weight"][index])
-        axis.set_title(
-            f"×{weight:.1f}" if weight >= 1 else f"×{weight:.2f}", fontsize=10, color=COLOURS["dc"]
-        )
+        axis.set_title(f"×{weight:.1f}" if weight >= 1 else f"×{weight:.2f}", fontsize=10, color=COLOURS["dc"])
         axis.set_xlabel(
             f"label {label}{noisy}\npredicted {predicted}",
             fontsize=7.5,
@@ -247,9 +238,7 @@ def _line(axis: Axes, values: np.ndarray, colour: str, label: str) -> None:
     """values [seeds, epochs]"""
     epochs = np.arange(1, values.shape[1] + 1)
     middle = values.mean(0)
-    axis.plot(
-        epochs, middle, color=colour, linewidth=1.8, label=label, marker="o" if len(epochs) == 1 else None
-    )
+    axis.plot(epochs, middle, color=colour, linewidth=1.8, label=label, marker="o" if len(epochs) == 1 else None)
     if len(values) > 1:
         error = values.std(0, ddof=1) / math.sqrt(len(values))
         axis.fill_between(epochs, middle - error, middle + error, color=colour, alpha=0.2, linewidth=0)
@@ -258,13 +247,9 @@ def _line(axis: Axes, values: np.ndarray, colour: str, label: str) -> None:
 def _legend(figure: Figure, axes: np.ndarray) -> None:
     # From the last row up, because the first row of the dual's plot lacks the control.
     found = {
-        label: line
-        for axis in axes.flat[::-1]
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        label: line for axis in axes.flat[::-1] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False, fontsize=9
-    )
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False, fontsize=9)
 
 
 def _seeds(config: ResolvedConfig) -> str:
@@ -281,6 +266,4 @@ def _by_seed(runs: Sequence[dict], setting: str, method: str) -> dict[int, dict]
 
 
 def _history(runs: Sequence[dict], setting: str, method: str, name: str) -> np.ndarray:
-    return np.array(
-        [run["history"][name] for run in runs if (run["setting"], run["method"]) == (setting, method)]
-    )
+    return np.array([run["history"][name] for run in runs if (run["setting"], run["method"]) == (setting, method)])

@@ -43,12 +43,8 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
     _write(folder / "config.yaml", yaml.safe_dump({**asdict(config), "recorded": facts}, sort_keys=False))
 
     settings = ", ".join(config.settings)
-    print(
-        f"{len(jobs)} models on {config.device}: {settings} x {config.seeds} seeds x mean and dc", flush=True
-    )
-    runs = run_jobs(
-        functools.partial(loop.run_job, config=config), jobs, work, config.workers, config.threads
-    )
+    print(f"{len(jobs)} models on {config.device}: {settings} x {config.seeds} seeds x mean and dc", flush=True)
+    runs = run_jobs(functools.partial(loop.run_job, config=config), jobs, work, config.workers, config.threads)
 
     summary = report.summarize(runs)
     metrics = {"config": asdict(config), "recorded": facts, "summary": summary, "runs": runs}

@@ -33,9 +33,7 @@ class TrainState:
     noise: torch.Generator
 
 
-def train_step(
-    state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, dual: DualConfig | None
-) -> Tensor:
+def train_step(state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, dual: DualConfig | None) -> Tensor:
     """Updates the state on one batch; returns [objective, mean loss, lambda, effective sample share].
 
     dual None is the uniform-weight control, whose objective is the mean: lambda is NaN and the share 1.
@@ -76,9 +74,7 @@ def make_state(config: ResolvedConfig, seed: int, steps: int) -> TrainState:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
     )
-    return TrainState(
-        model, optimizer, schedule, stream(seed, "batches"), stream(seed, "noise", config.device)
-    )
+    return TrainState(model, optimizer, schedule, stream(seed, "batches"), stream(seed, "noise", config.device))
 
 
 def effective_share(weights: Tensor) -> Tensor:

@@ -96,9 +96,7 @@ def _result(future: Any, job: Any) -> Any:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise JobError(
-            f"a worker process died, out of memory or killed, while {job} was running or waiting"
-        ) from error
+        raise JobError(f"a worker process died, out of memory or killed, while {job} was running or waiting") from error
     except Exception as error:
         raise JobError(f"{job} failed: {type(error).__name__}: {error}") from error
 
