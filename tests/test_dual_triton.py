@@ -1,6 +1,7 @@
 """The Triton twin of armor::dual, run by Triton's interpreter on CPU tensors: the golden cases, edges and rows of the
 compiled kernels. `make test` starts this file in a process of its own, because the interpreter must be chosen before
 Triton is imported; tests/test_triton_compiles.py compiles the same kernels for real architectures.
+"""
 
 import math
 from dataclasses import replace
