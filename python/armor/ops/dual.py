@@ -117,7 +117,8 @@ def dc_objective(
     """mu * (radius + nu + mean f*(a - nu)) - kappa * radius, with mu = lam + kappa and a = losses/mu - costs.
 
     This dual objective is an upper bound of `dc_loss` for every lam >= 0 (mu > 0) and nu, tight at the duals that
-    `dc_loss` returns. It is plain PyTorch, so it is differentiable in everything, to any order. Learned duals minimise it (`armor.LearnedDual`).
+    `dc_loss` returns. It is plain PyTorch, so it is differentiable in everything, to any order. Learned duals minimise
+    it (`armor.LearnedDual`).
 
     Args:
         lam, nu: numbers or tensors that broadcast against the values. KL knows its best nu and takes none. For "renyi",
