@@ -314,6 +314,25 @@ def test_schedule_rises_and_falls_linearly():
     assert rates == pytest.approx([0.5, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
 
 
+def test_the_attack_grows_over_its_warmup(monkeypatch):
+    radii = []
+
+    def recording_pgd(model, x, y, *, eps, step_size, **rest):
+        radii.append((eps, step_size))
+        return x
+
+    monkeypatch.setattr("armor.training.step.pgd", recording_pgd)
+    for warmup, expected in ((0.5, [0.05, 0.1, 0.1, 0.1]), (0.0, [0.1] * 4), (None, [0.1] * 4)):
+        c = resolve(TrainConfig(attack=AttackConfig(warmup=warmup)))
+        state = make_state(c, seed=0, steps=4)
+        radii.clear()
+        for _ in range(4):
+            train_step(state, torch.rand(4, 1, 8, 8), torch.arange(4), c, None)
+        assert [eps for eps, _ in radii] == pytest.approx(expected)
+        assert [step for _, step in radii] == pytest.approx([eps / 4 for eps in expected])
+    assert resolve(TrainConfig(data="mnist")).attack.warmup == 0.3
+
+
 def test_control_step_is_plain_adversarial_sgd():
     c = resolve(TrainConfig(lr=0.5, warmup=0.0))
     x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 10
@@ -514,6 +533,7 @@ def test_findings_follow_the_numbers():
         ({"attack": AttackConfig(eps="8")}, "attack.eps must lie in .0, 1. because pixels do, got '8'"),
         ({"attack": AttackConfig(eps=-0.1)}, "attack.eps must lie in .0, 1."),
         ({"attack": AttackConfig(step_size="-1/255")}, "attack.step_size must be at least 0, got '-1/255'"),
+        ({"attack": AttackConfig(warmup=1.5)}, "attack.warmup must lie in .0, 1., got 1.5"),
         ({"attack": AttackConfig(steps=0)}, "attack.steps must be at least 1, got 0"),
         ({"dual": DualConfig(radius=-1.0)}, "dual: .*radius.*-1"),
         ({"dual": DualConfig(kappa=-2.0)}, "dual: .*kappa.*-2"),

@@ -31,6 +31,7 @@ class TrainState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     batches: torch.Generator
     noise: torch.Generator
+    attack_warmup: int  # steps until the attack has its full radius
 
 
 def train_step(state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, dual: DualConfig | None) -> Tensor:
@@ -39,13 +40,14 @@ def train_step(state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, 
     dual None is the uniform-weight control, whose objective is the mean: lambda is NaN and the share 1.
     The result stays on the device, so that a step never waits for it.
     """
+    strength = min(1.0, (state.schedule.last_epoch + 1) / max(1, state.attack_warmup))
     x_adv = pgd(
         state.model,
         x,
         y,
-        eps=config.eps,
+        eps=strength * config.eps,
         steps=config.attack.steps,
-        step_size=config.step_size,
+        step_size=strength * config.step_size,
         generator=state.noise,
     )
     losses = F.cross_entropy(state.model(x_adv), y, reduction="none")
@@ -74,7 +76,14 @@ def make_state(config: ResolvedConfig, seed: int, steps: int) -> TrainState:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
     )
-    return TrainState(model, optimizer, schedule, stream(seed, "batches"), stream(seed, "noise", config.device))
+    return TrainState(
+        model,
+        optimizer,
+        schedule,
+        batches=stream(seed, "batches"),
+        noise=stream(seed, "noise", config.device),
+        attack_warmup=round((config.attack.warmup or 0) * steps),
+    )
 
 
 def effective_share(weights: Tensor) -> Tensor:
