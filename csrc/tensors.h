@@ -1,5 +1,5 @@
-// What the CPU and CUDA registrations of `dual` share: checks, outputs and dtypes, on PyTorch's stable ABI. A device adds
-// a function that solves Rows<T> and one that computes Gradients<T>.
+// What the CPU and CUDA registrations of `dual` share: checks, outputs and dtypes, on PyTorch's stable ABI. A device
+// adds a function that solves Rows<T> and one that computes Gradients<T>.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -61,7 +61,8 @@ DualOutputs dual(const Tensor& losses_in, const std::optional<Tensor>& costs_in,
                   "armor::dual: losses must hold at least one sample along the last dimension");
   STD_TORCH_CHECK(divergence >= 0 && divergence <= 2, "armor::dual: divergence must be 0, 1 or 2, got ", divergence);
   const Tensor losses = torch::stable::contiguous(losses_in);
-  const std::optional<Tensor> costs = matching(costs_in, losses, "costs"), clean = matching(clean_in, losses, "clean_losses");
+  const std::optional<Tensor> costs = matching(costs_in, losses, "costs");
+  const std::optional<Tensor> clean = matching(clean_in, losses, "clean_losses");
   const bool wide = is_double(losses);
 
   const int64_t n = losses.size(losses.dim() - 1), rows = losses.numel() / n;
@@ -93,7 +94,8 @@ DualGradients dual_backward(const Tensor& grad_in, const Tensor& mu_in, const Te
                             const std::optional<Tensor>& clean_in, const Differentiate& differentiate) {
   const Tensor losses = torch::stable::contiguous(losses_in), weights = matching(weights_in, losses, "weights");
   const Tensor grad = torch::stable::contiguous(grad_in), mu = torch::stable::contiguous(mu_in);
-  const std::optional<Tensor> costs = matching(costs_in, losses, "costs"), clean = matching(clean_in, losses, "clean_losses");
+  const std::optional<Tensor> costs = matching(costs_in, losses, "costs");
+  const std::optional<Tensor> clean = matching(clean_in, losses, "clean_losses");
   const auto like = [&](bool wanted) {
     return wanted ? torch::stable::empty_like(weights) : torch::stable::new_empty(weights, {0});
   };

@@ -1,4 +1,4 @@
-// armor::dual on the CPU (docs/solver.md). Rows run in parallel; a long row is cut into chunks that run in parallel too.
+// armor::dual on the CPU (docs/solver.md). Rows run in parallel; a long row is cut into chunks that do so, too.
 // The cut depends on the length alone and partial sums are added in order, so the result does not depend on threads.
 
 #include <algorithm>

@@ -6,7 +6,8 @@ struct RowLoops {
   static Scan scan(const Row<T>& row, int64_t begin, int64_t end) {
     using namespace simd;
     const double origin = origin_of(row.losses[0]);
-    Vec top = splat(-kInf), bottom = splat(kInf), ties{}, usable{}, sum{}, sum_squares{}, sum_cubes{}, cost_sum{}, defect{};
+    Vec top = splat(-kInf), bottom = splat(kInf), ties{}, usable{}, cost_sum{}, defect{};
+    Vec sum{}, sum_squares{}, sum_cubes{};
     for_vectors(begin, end, [&](int64_t i, int count) ARMOR_INLINE_LAMBDA {
       Mask here = first_lanes(count);
       Vec loss = at(row.losses + i, count, 0.0), low = loss;
@@ -64,8 +65,9 @@ struct RowLoops {
   }
 
   static Sums sums(const Row<T>& row, int64_t begin, int64_t end, const Point& p) {
-    if (row.costs) return p.k == 0.0 ? sums_of<true, true>(row, begin, end, p) : sums_of<false, true>(row, begin, end, p);
-    return p.k == 0.0 ? sums_of<true, false>(row, begin, end, p) : sums_of<false, false>(row, begin, end, p);
+    const bool exponential = p.k == 0.0;
+    if (row.costs) return (exponential ? sums_of<true, true> : sums_of<false, true>)(row, begin, end, p);
+    return (exponential ? sums_of<true, false> : sums_of<false, false>)(row, begin, end, p);
   }
 
   // weights = w(b z) * scale

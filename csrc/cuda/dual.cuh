@@ -29,7 +29,8 @@ struct Odd {
   ARMOR_FN void add(const Odd& o) { nan += o.nan, plus += o.plus, minus += o.minus; }
 };
 
-constexpr int kWidest = (sizeof(Sums) > sizeof(Scan) ? sizeof(Sums) : sizeof(Scan)) / sizeof(double);  // doubles of the widest partial result
+// doubles of the widest partial result
+constexpr int kWidest = (sizeof(Sums) > sizeof(Scan) ? sizeof(Sums) : sizeof(Scan)) / sizeof(double);
 
 // The partial result of the lane `distance` away.
 template <class Part>
@@ -103,7 +104,8 @@ struct GridGroup {
   int turn = 0;
 
   static constexpr int kSolvers = 1;
-  __device__ GridGroup(double* scratch, Workspace workspace) : block(scratch, workspace), partials(workspace.partials) {}
+  __device__ GridGroup(double* scratch, Workspace workspace)
+      : block(scratch, workspace), partials(workspace.partials) {}
   __device__ int64_t first_row() const { return 0; }
   __device__ int64_t row_step() const { return 1; }
   __device__ int64_t rank() const { return static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; }

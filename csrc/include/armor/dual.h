@@ -1,6 +1,6 @@
-// The dual of one row as a scalar state machine (docs/solver.md tells why it looks like this). It asks for sums over the
-// row at a point (b, mu), and from the sums decides on the next point or stops; the loops over the row are the business
-// of the CPU and CUDA kernels that drive it.
+// The dual of one row as a scalar state machine (docs/solver.md tells why it looks like this). It asks for sums over
+// the row at a point (b, mu), and from the sums decides on the next point or stops; the loops over the row are the
+// business of the CPU and CUDA kernels that drive it.
 //
 // Units: losses are shifted by the row's maximum and divided by its range; kappa, max_dual and mu are divided by the
 // range too. Everything is float64, whatever the dtype of the row.
@@ -231,7 +231,8 @@ class DualSolver {
     }
     if (fabs(off.value) <= 0.3) {
       const double t = clamp(step, -5.0, 5.0);
-      x_next = bracket.next(t < 0.0 ? across_truncation(s, t, r, slope) : towards_truncation(s, t, y_curve + dy_dx * t));
+      x_next = bracket.next(t < 0.0 ? across_truncation(s, t, r, slope)
+                                    : towards_truncation(s, t, y_curve + dy_dx * t));
     }
     return go(x_next, clamp(y_curve + dy_dx * (x_next - x), fmax(y_min, y - 6.0), fmin(y_max, y + 6.0)));
   }

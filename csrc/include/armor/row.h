@@ -1,5 +1,6 @@
-// One row from raw losses to raw results: what the first look at it must find, its scaling, the rows that need no search,
-// the search, and the way back. The CPU and CUDA kernels loop over samples; everything that is per row happens here.
+// One row from raw losses to raw results: what the first look at it must find, its scaling, the rows that need no
+// search, the search, and the way back. The CPU and CUDA kernels loop over samples; everything that is per row happens
+// here.
 #pragma once
 
 #include "armor/dual.h"
@@ -39,8 +40,8 @@ struct Gradients {
   }
 };
 
-// What one look over the samples finds. With `clean`, a loss here is the larger of the sample's two. A sample whose cost
-// is +inf cannot move: its clean loss counts, and without one it is not usable.
+// What one look over the samples finds. With `clean`, a loss here is the larger of the sample's two. A sample whose
+// cost is +inf cannot move: its clean loss counts, and without one it is not usable.
 struct Scan {
   double usable = 0.0;
   double max = -kInf, min = kInf, ties = 0.0;
@@ -68,7 +69,8 @@ struct Scan {
   }
   ARMOR_FN void add(const Scan& o) {
     merge_extremes(o.max, o.min, o.ties);
-    usable += o.usable, sum += o.sum, sum_squares += o.sum_squares, sum_cubes += o.sum_cubes, cost_sum += o.cost_sum, defect += o.defect;
+    usable += o.usable, cost_sum += o.cost_sum, defect += o.defect;
+    sum += o.sum, sum_squares += o.sum_squares, sum_cubes += o.sum_cubes;
   }
 };
 
@@ -187,7 +189,8 @@ class RowSolver {
 
   ARMOR_FN Moments moments(const Settings& s, double first) const {
     const double mean = scan.sum / scan.usable, variance = fmax(scan.sum_squares / scan.usable - square(mean), 0.0);
-    // A range of one implies a standard deviation of 1/2 n^-1/2 at least, and 1/2 at most; with costs the losses may be all equal.
+    // A range of one implies a standard deviation of 1/2 n^-1/2 at least, and 1/2 at most; with costs the losses may
+    // all be equal.
     const double least = s.costs ? 1e-3 : 0.5 / sqrt(n);
     return {n, scan.ties, scaled_mean(first), clamp(to_scaled(sqrt(variance)), least, 0.5),
             s.clean ? kInf : scan.cost_sum / scan.usable};
