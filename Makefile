@@ -20,7 +20,7 @@ test: .venv/installed  ## all tests, those of Triton kernels in its interpreter
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(INTERPRETED)) $(ARGS)
 
 bench: .venv/installed  ## time the operators against what they replace
-	$(BIN)/python -m benchmarks dual
+	$(BIN)/python -m benchmarks dual transport rowloss attack
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check
@@ -28,10 +28,12 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 # PyTorch comes first because armor is compiled against it, and without build isolation nothing is downloaded twice.
+# torchattacks, a peer in tests and benchmarks, pins a requests of 2021 that it does not use here.
 .venv/installed: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,eval,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@
 
 .PHONY: help demo test bench lint

@@ -106,7 +106,7 @@ modules = [
         "armor._C",
         "csrc/cpu/*.cpp",
         "cpu",
-        extra_compile_args={"cxx": ["-O3", "-g0", "-fno-math-errno", "-Wno-psabi"]},
+        extra_compile_args={"cxx": ["-O3", "-g0", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi"]},
         libraries=["torch_cpu"],
     )
 ]

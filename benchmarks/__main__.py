@@ -1,69 +1,99 @@
-"""Command line of the benchmarks: `dual` measures, `table` and `plot` show what was recorded.
+"""Command line of the benchmarks: kernels are measured, `table` and `plot` show what was recorded.
 
-pytest-benchmark does the timing, in one process per thread count;
+pytest-benchmark does the timing, in one process per kernel and thread count;
 docs/benchmarks.md says how to read the result.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from armor import library
 from benchmarks import plot, records, tables
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / ".benchmarks"
+# Seconds instead of minutes: small problems, nothing to compile, one thread.
+QUICK = {
+    "dual": "1x128 and not compile",
+    "transport": "128x3072 and not compile",
+    "rowloss": "128x10- and not compile",
+    "attack": "mnist_cnn and turn0",
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    kernels = list(itertools.takewhile(records.KERNELS.__contains__, sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if kernels:
+        parser.prog += f" {' '.join(kernels)}"
+        parser.description = f"Times {', '.join(kernels)}; all further arguments go to pytest."
+        parser.add_argument("--quick", action="store_true", help="small problems on one thread, in seconds")
+        parser.add_argument("--out", type=Path, help="folder for KERNEL.csv and KERNEL.svg")
+        args, extra = parser.parse_known_args(sys.argv[1 + len(kernels) :])
+        measure(kernels, args.quick, args.out, extra)
+        return
     commands = parser.add_subparsers(dest="command", required=True)
-    dual = commands.add_parser("dual", help="time the dual solve; further arguments go to pytest")
-    dual.add_argument("--quick", action="store_true", help="one row length on one thread, in seconds")
-    dual.add_argument("--out", type=Path, help="folder for dual.csv and dual.svg")
+    for kernel in records.KERNELS:
+        commands.add_parser(kernel, help=f"time {kernel}; several kernels may be named")
     table = commands.add_parser("table", help="print the tables, or renew them in the given files")
     table.add_argument("files", nargs="*", type=Path)
-    commands.add_parser("plot", help="draw benchmarks/data/dual.svg again")
-    args, extra = parser.parse_known_args()
-    if extra and args.command != "dual":
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    commands.add_parser("plot", help="draw benchmarks/data/*.svg again")
+    args = parser.parse_args()
 
-    if args.command == "dual":
-        # Only a whole run replaces the recorded numbers.
-        _dual(args.quick, args.out or (REPORTS if args.quick or extra else records.DATA), extra)
-    elif args.command == "plot":
-        plot.draw(records.read(records.DATA / "dual.csv"), records.DATA / "dual.svg")
-    else:
-        recorded = records.read(records.DATA / "dual.csv")
+    recorded = records.recorded()
+    if args.command == "plot":
+        for kernel, rows in recorded.items():
+            plot.draw(rows, records.DATA / f"{kernel}.svg")
+    elif args.files:
         for file in args.files:
             file.write_text(tables.insert(file.read_text(), recorded))
-        if not args.files:
-            print(tables.full(recorded), end="")
+    else:
+        print("\n".join(map(tables.full, recorded.values())), end="")
 
 
-def _dual(quick, out, extra):
+def measure(kernels, quick, out, extra):
+    # Only a whole run replaces the recorded numbers.
+    out = out or (REPORTS if quick or extra else records.DATA)
+    if out == records.DATA:
+        _refuse_reference()
+    for kernel in dict.fromkeys(kernels):
+        _measure(kernel, quick, out, extra)
+
+
+def _refuse_reference():
+    slow = [op for op, (chosen, _) in library.backends().items() if chosen["cpu"] != "cpp"]
+    if slow:
+        raise SystemExit(f"not recorded: {', '.join(slow)} would run without the compiled kernel; see python -m armor")
+
+
+def _measure(kernel, quick, out, extra):
     rows = []
     for threads in [1] if quick else [1, 2]:
-        report = REPORTS / f"dual-{threads}-threads.json"
-        _run(report, threads, quick, extra)
+        report = REPORTS / f"{kernel}-{threads}-threads.json"
+        _run(kernel, report, threads, quick, extra)
         rows += records.from_json(report)
-    records.write(out / "dual.csv", rows)
-    rows = records.read(out / "dual.csv")
-    plot.draw(rows, out / "dual.svg")
+    records.write(out / f"{kernel}.csv", rows)
+    rows = records.read(out / f"{kernel}.csv")
+    plot.draw(rows, out / f"{kernel}.svg")
     print(tables.full(rows), end="")
-    print(f"\nwritten: {out / 'dual.csv'}, {out / 'dual.svg'}")
+    print(f"\nwritten: {out / kernel}.csv, {out / kernel}.svg")
 
 
-def _run(report, threads, quick, extra):
+def _run(kernel, report, threads, quick, extra):
     """One process per thread count: OpenMP reads its settings only once."""
     report.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_dual.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{kernel}.py", "-q", "-p", "no:cacheprovider"]
     # A round of at least 50 us, so that timer and loop cost nothing beside a solve of a few.
     command += ["--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"]
     command += ["--benchmark-min-time=0.00005", "--benchmark-min-rounds=3"]
     command += [f"--benchmark-max-time={0.05 if quick else 0.3}"]
-    command += [f"--benchmark-json={report}", *(["-k", "1x128 and not compile"] if quick else []), *extra]
+    command += [f"--benchmark-json={report}", *(["-k", QUICK[kernel]] if quick else []), *extra]
     # torch takes the smaller of the first two; OpenBLAS's threads only hinder L-BFGS-B in two variables.
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
     env = os.environ | env | {"OMP_WAIT_POLICY": "passive"}

@@ -1,14 +1,16 @@
-"""How the D^c dual is solved without armor: SciPy on the host, or a fixed number of Newton steps in torch.
+"""What a careful user writes without armor, for every operator: the baselines that bench_*.py time.
 
-All solve sections 1 and 2 of docs/math.md without transport costs and evaluate the dual at the mu they find,
-so that autograd returns the worst-case weights. bench_dual.py times them and tests/test_benchmarks.py holds
-them to the float64 oracle: a ratio to a baseline that is fast and wrong would say nothing.
+The D^c dual (sections 1 and 2 of docs/math.md) by SciPy on the host or by a fixed number of Newton steps in torch, both
+without transport costs and evaluated at the mu they find, so that autograd returns the worst-case weights; the losses
+of section 4 as published; the steps of section 5 and PGD around them. tests/test_benchmarks.py holds all to the float64
+oracle: a ratio to a baseline that is fast and wrong would say nothing.
 """
 
 import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import optimize
 
 LAM_MAX = 100.0  # the published scripts give up above this lambda
@@ -151,3 +153,144 @@ def _newton_kl(losses, radius, iterations):
         # The slope all but vanishes near the largest divergence that n samples allow, and Newton would leap.
         inverse = torch.clamp(inverse + step, inverse / 4, inverse * 4)
     return 1 / inverse.squeeze(-1)
+
+
+# ---- losses: logits [n, K], one loss per sample --------------------------------------------------------------------
+
+
+def cross_entropy(logits, target):
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def trades_loss(natural_logits, adv_logits, target, *, beta):
+    """The official TRADES loss before its mean over the batch."""
+    kl = F.kl_div(F.log_softmax(adv_logits, 1), F.softmax(natural_logits, 1), reduction="none").sum(1)
+    return cross_entropy(natural_logits, target) + beta * kl
+
+
+def mart_loss(natural_logits, adv_logits, target, *, beta):
+    """The official MART loss before its mean over the batch."""
+    adv_probs, natural_probs = F.softmax(adv_logits, 1), F.softmax(natural_logits, 1)
+    top = torch.argsort(adv_probs, dim=1)[:, -2:]
+    wrong = torch.where(top[:, -1] == target, top[:, -2], top[:, -1])
+    margin = F.nll_loss(torch.log(1.0001 - adv_probs + 1e-12), wrong, reduction="none")
+    true_probs = natural_probs.gather(1, target[:, None]).squeeze(1)
+    kl = F.kl_div(torch.log(adv_probs + 1e-12), natural_probs, reduction="none").sum(1)
+    return cross_entropy(adv_logits, target) + margin + beta * kl * (1.0000001 - true_probs)
+
+
+def dc_trades(natural_logits, adv_logits, target, *, beta, radius, kappa):
+    return eager_dc_loss(trades_loss(natural_logits, adv_logits, target, beta=beta), radius=radius, kappa=kappa)
+
+
+# ---- steps of an attack in the box [0, 1]: x_adv, grad, x [B, ...] ---------------------------------------------------
+
+
+def linf_step(x_adv, grad, x, *, step_size, radius):
+    d = (x_adv.add(grad.sign(), alpha=step_size) - x).clamp(-radius, radius)
+    return (x + d).clamp(0, 1)
+
+
+def l2_step(x_adv, grad, x, *, step_size, radius):
+    d = x_adv + step_size * (grad / _length(grad)) - x
+    return (x + d * (radius / _length(d)).clamp(max=1)).clamp(0, 1)
+
+
+def l1_step(x_adv, grad, x, *, step_size, radius, top):
+    """SLIDE's step (Tramer and Boneh, 2019), Duchi et al.'s projection by sorting, then the box.
+
+    This is what attack libraries do. It ends in the ball and in the box but, unlike armor, not at the point of both
+    that is closest: what the box cuts off is lost.
+    """
+    size = torch.where((grad > 0) & (x_adv < 1) | (grad < 0) & (x_adv > 0), grad.abs(), 0).flatten(1)
+    least = size.topk(max(1, int(top * size.shape[1])), sorted=False).values.amin(1, keepdim=True)
+    chosen = ((size >= least) & (size > 0)).view_as(grad)
+    share = step_size / chosen.flatten(1).sum(1, dtype=x.dtype).clamp(min=1).view(-1, *(1,) * (grad.dim() - 1))
+    d = x_adv + share * grad.sign() * chosen - x
+
+    ranked = d.abs().flatten(1).sort(descending=True).values
+    excess = ranked.cumsum(1) - radius
+    count = (ranked * torch.arange(1, ranked.shape[1] + 1, device=d.device) > excess).sum(1, keepdim=True)
+    theta = (excess.gather(1, count - 1) / count).clamp(min=0).view_as(share)
+    return (x + d.sign() * (d.abs() - theta).clamp(min=0)).clamp(0, 1)
+
+
+def norm_power_step(x_adv, grad, x, *, step_size, weight, power):
+    """A sign step on loss - weight * ||d||_2 ** power."""
+    d = x_adv - x
+    v = grad - weight * power * _length(d) ** (power - 2) * d
+    return x_adv.add(v.sign(), alpha=step_size).clamp(0, 1)
+
+
+def soft_ball_step(x_adv, grad, x, *, step_size, radius, tau):
+    """UDR's step (Bui et al., 2022): beyond the ball the displacement shrinks towards it."""
+    d = x_adv.add(grad.sign(), alpha=step_size) - x
+    return (x + d - step_size / tau * (d - d.clamp(-radius, radius))).clamp(0, 1)
+
+
+def binary_step(x_adv, grad, x, *, step_size):
+    return x_adv.add(grad.sign(), alpha=step_size).clamp(0, 1)
+
+
+STEPS = {
+    "linf": linf_step,
+    "l2": l2_step,
+    "l1": l1_step,
+    "norm_power": norm_power_step,
+    "soft_ball": soft_ball_step,
+    "binary": binary_step,
+}
+
+
+def fed_step(step, x_adv, grad, x, mean, std, **settings):
+    """`step` with the gradient of the feed, and the next feed: normalised and cast to the dtype of the gradient."""
+    mean, std = mean[:, None, None], std[:, None, None]
+    x_next = step(x_adv, grad / std, x, **settings)
+    return x_next, ((x_next - mean) / std).to(grad.dtype)
+
+
+def linf_start(x, *, radius):
+    return (x + torch.empty_like(x).uniform_(-radius, radius)).clamp(0, 1)
+
+
+def l2_start(x, *, radius):
+    """Uniform in the ball: a random direction at the radius times u^(1/n)."""
+    noise = torch.randn_like(x)
+    u = torch.rand(len(x), *(1,) * (x.dim() - 1), device=x.device)
+    return (x + noise * (radius * u ** (1 / x[0].numel()) / _length(noise))).clamp(0, 1)
+
+
+def gaussian_start(x, *, sigma):
+    return (x + sigma * torch.randn_like(x)).clamp(0, 1)
+
+
+STARTS = {"linf": linf_start, "l2": l2_start, "gaussian": gaussian_start}
+
+
+def _length(v):
+    """l2 norm of every sample, at least 1e-12."""
+    return v.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *(1,) * (v.dim() - 1))
+
+
+# ---- whole attacks -------------------------------------------------------------------------------------------------
+
+
+def pgd(model, x, y, gradient, *, radius, step_size, steps):
+    """Linf PGD on the model as it is, with `gradient(model, loss, x_adv)` of the mean cross-entropy."""
+    x_adv = linf_start(x, radius=radius)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        grad = gradient(model, F.cross_entropy(model(x_adv), y), x_adv)
+        x_adv = linf_step(x_adv.detach(), grad, x, step_size=step_size, radius=radius)
+    return x_adv
+
+
+def by_backward(model, loss, x_adv):
+    """As most training scripts have it: the gradients of all weights are computed, and thrown away."""
+    model.zero_grad()
+    loss.backward()
+    return x_adv.grad
+
+
+def by_autograd(model, loss, x_adv):
+    return torch.autograd.grad(loss, x_adv)[0]

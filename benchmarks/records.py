@@ -10,26 +10,31 @@ import statistics
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
+KERNELS = ["dual", "transport", "rowloss", "attack"]
 COLUMNS = [
-    *("kernel", "divergence", "provider", "mode", "metric", "unit", "rows", "n", "p50", "p20", "p80"),
+    *("kernel", "case", "provider", "mode", "metric", "unit", "rows", "n", "p50", "p20", "p80"),
     *("rounds", "threads", "config", "device", "torch", "armor", "time"),
 ]
+UNITS = {"error": "relative", "operators": "count", "syncs": "count", "bytes": "B"}
 
 
 def from_json(path):
-    """Csv records of one pytest-benchmark report: the time of every case and the error of its value."""
+    """Csv records of one pytest-benchmark report: the time of every case, and its metrics, which have no spread."""
     report = json.loads(Path(path).read_text())
     machine = {"device": report["machine_info"]["cpu"]["brand_raw"], "time": report["datetime"][:19]}
-    records = []
+    infos, times = {}, {}
     for bench in report["benchmarks"]:
         info = bench["extra_info"]
-        error = info.pop("error")
-        info["config"] = json.dumps(info["config"])
-        base = info | machine | {"rounds": bench["stats"]["rounds"]}
-        microseconds = [1e6 * seconds for seconds in bench["stats"]["data"]]
-        records.append(base | {"metric": "time", "unit": "us"} | _percentiles(microseconds))
-        if error is not None:
-            records.append(base | {"metric": "error", "unit": "relative"} | _percentiles([error]))
+        case = tuple(info[name] for name in ("case", "rows", "n", "mode", "provider"))
+        infos.setdefault(case, info)
+        times.setdefault(case, []).extend(1e6 * seconds for seconds in bench["stats"]["data"])
+    records = []
+    for case, info in infos.items():
+        metrics = info.pop("metrics")
+        base = info | machine | {"rounds": len(times[case]), "config": json.dumps(info["config"])}
+        records.append(base | {"metric": "time", "unit": "us"} | _percentiles(times[case]))
+        for name, value in metrics.items():
+            records.append(base | {"metric": name, "unit": UNITS[name]} | _percentiles([value]))
     return records
 
 
@@ -50,6 +55,12 @@ def read(path):
         record.update({key: int(record[key]) for key in ("rows", "n", "rounds", "threads")})
         record.update({key: float(record[key]) for key in ("p50", "p20", "p80")})
     return records
+
+
+def recorded():
+    """Kernel -> its records, for every kernel that has some."""
+    paths = {kernel: DATA / f"{kernel}.csv" for kernel in KERNELS}
+    return {kernel: read(path) for kernel, path in paths.items() if path.exists()}
 
 
 def _percentiles(values):

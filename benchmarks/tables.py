@@ -1,58 +1,132 @@
-"""Markdown tables of a recorded csv: every time with its ratios, and whether the targets were reached.
+"""Markdown tables of the recorded csv: every time with its ratios, what an operator moves, and whether the targets
+were reached.
 
 `python -m benchmarks table` prints them, or renews them in the files it is given, between the markers
-`<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->` with NAME summary or full, so that no number in
-README.md or docs/ is typed by hand. Called by benchmarks/__main__.py; reads only the csv.
+`<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->` with NAME a kernel, for all of its tables, or summary, for
+the short ones of every kernel, so that no number in README.md or docs/ is typed by hand. Called by
+benchmarks/__main__.py; reads only the csv.
 """
 
-PROVIDERS = ["scipy", "brent", "eager", "compile", "armor", "armor_op", "mean"]
-OURS = {"armor", "armor_op", "mean"}
+import re
+from typing import NamedTuple
 
-# Row length, what is timed, in which mode, against what, and the promise: times faster, or at most us above.
-TARGETS = [
-    (128, "armor", "forward+backward", "scipy", "times", 20),
-    (128, "armor", "forward+backward", "eager", "times", 20),
-    (128, "armor", "forward+backward", "mean", "us", 100),
-    (128, "armor_op", "forward", "scipy", "times", 100),
-    (262144, "armor", "forward+backward", "scipy", "times", 8),
-]
+PROVIDERS = ["scipy", "brent", "torchattacks", "backward", "autograd", "eager", "compile", "armor", "armor_op", "mean"]
+OURS = {"armor", "armor_op", "mean"}
+MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
+
+
+class Target(NamedTuple):
+    """A promise: times faster than a baseline, or at most us above it, at a shape and for the given cases or all."""
+
+    shape: tuple | None
+    provider: str
+    mode: str
+    against: str
+    unit: str
+    limit: float
+    cases: tuple = ()
+
+
+class Kernel(NamedTuple):
+    """How a kernel is shown: what its cases are and are called, what is in its tensors, and the summary's part."""
+
+    case: str
+    titles: dict
+    data: str
+    targets: list
+    mode: str
+    cases: tuple = ()
+
+
+CIFAR = (128, 3 * 32 * 32)
+SHOWN = {
+    "dual": Kernel(
+        "divergence",
+        {"kl": "KL", "alpha": "alpha", "renyi": "Rényi"},
+        "losses",
+        [
+            Target((1, 128), "armor", "forward+backward", "scipy", "times", 20),
+            Target((1, 128), "armor", "forward+backward", "eager", "times", 20),
+            Target((1, 128), "armor", "forward+backward", "mean", "us", 100),
+            Target((1, 128), "armor_op", "forward", "scipy", "times", 100),
+            Target((1, 262144), "armor", "forward+backward", "scipy", "times", 8),
+        ],
+        mode="forward+backward",
+        cases=("kl",),
+    ),
+    "transport": Kernel(
+        "cost",
+        {name: name for name in ("linf", "l2", "l1", "norm_power", "soft_ball", "binary")},
+        "images",
+        [
+            Target(CIFAR, "armor", "step", "eager", "times", 3),
+            Target(CIFAR, "armor", "step", "compile", "times", 1),
+            Target(CIFAR, "armor", "step", "compile", "times", 1.5, ("l2", "l1")),
+        ],
+        mode="step",
+    ),
+    "rowloss": Kernel(
+        "loss",
+        {name: name for name in ("cross_entropy", "trades_loss", "mart_loss", "dc_trades")},
+        "logits",
+        [
+            Target((128, 10), "armor", "forward+backward", "eager", "times", 5, ("dc_trades",)),
+            Target((128, 1000), "armor", "forward+backward", "eager", "times", 2, ("dc_trades",)),
+        ],
+        mode="forward+backward",
+    ),
+    "attack": Kernel(
+        "net",
+        {"mnist_cnn": "mnist_cnn", "resnet": "resnet"},
+        "images",
+        [
+            Target(None, "armor", "pgd-10", "torchattacks", "times", 1),
+            Target(None, "armor", "pgd-10", "backward", "times", 1.3),
+        ],
+        mode="pgd-10",
+    ),
+}
 
 
 def full(records):
-    """Provenance, targets, and the table of times of every thread count and mode."""
-    times = _times(records)
+    """Provenance, targets, the table of times of every thread count and mode, and what an operator moves."""
+    kernel, times = SHOWN[records[0]["kernel"]], _times(records)
     sections = dict.fromkeys((key[0], key[4]) for key in times)
-    return _join([_provenance(records), _targets(times), *(_section(times, *section) for section in sections)])
+    parts = [_provenance(kernel, records), _targets(kernel, times)]
+    parts += [_section(kernel, times, *section) for section in sections]
+    return _join([*parts, *_traffic(kernel, records)])
 
 
 def summary(records):
-    """Provenance, targets, and forward+backward of the KL divergence on the fewest threads."""
-    times = {key: time for key, time in _times(records).items() if key[1] == "kl"}
-    threads = min(key[0] for key in times)
-    targets = _targets(_times(records))
-    return _join([_provenance(records), targets, _section(times, threads, "forward+backward")])
+    """Provenance, targets, and the kernel's most telling times on the fewest threads."""
+    kernel, times = SHOWN[records[0]["kernel"]], _times(records)
+    telling = {key: time for key, time in times.items() if not kernel.cases or key[1] in kernel.cases}
+    section = _section(kernel, telling, min(key[0] for key in times), kernel.mode)
+    return _join([_provenance(kernel, records), _targets(kernel, times), section])
 
 
-def insert(text, records):
+def insert(text, recorded):
     """`text` with every marked table renewed; ValueError where it has none or a marker is not closed."""
-    found = 0
-    for name, render in {"summary": summary, "full": full}.items():
-        begin, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
-        if begin not in text:
-            continue
-        head, _, rest = text.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not closed:
-            raise ValueError(f"{begin} is not closed by {end}")
-        text = f"{head}{begin}\n{render(records)}{end}{tail}"
-        found += 1
-    if not found:
-        raise ValueError("no marker <!-- benchmarks:summary --> or <!-- benchmarks:full --> in the text")
+
+    def renew(found):
+        begin, name, end = found.groups()
+        names = SHOWN if name == "summary" else [name]
+        render = summary if name == "summary" else full
+        return begin + "\n".join(render(recorded[n]) for n in names if n in recorded) + end
+
+    for name in re.findall(r"<!-- benchmarks:(\w+) -->", text):
+        if name != "summary" and name not in SHOWN:
+            raise ValueError(f"marker benchmarks:{name} must name one of summary, {', '.join(SHOWN)}")
+        if f"<!-- /benchmarks:{name} -->" not in text:
+            raise ValueError(f"<!-- benchmarks:{name} --> is not closed by <!-- /benchmarks:{name} -->")
+    text, count = MARKED.subn(renew, text)
+    if not count:
+        raise ValueError("no marker <!-- benchmarks:NAME --> in the text")
     return text
 
 
 def _times(records):
-    names = ("threads", "divergence", "rows", "n", "mode", "provider")
+    names = ("threads", "case", "rows", "n", "mode", "provider")
     return {tuple(r[name] for name in names): r["p50"] for r in records if r["metric"] == "time"}
 
 
@@ -60,46 +134,62 @@ def _join(parts):
     return "\n\n".join(parts) + "\n"
 
 
-def _provenance(records):
+def _provenance(kernel, records):
     one = records[0]
     versions = f"torch {one['torch']}, armor {one['armor']}"
-    return f"Medians on {one['device']}, {versions}, float32 losses, {one['time'][:10]}."
+    return f"Medians on {one['device']}, {versions}, float32 {kernel.data}, {one['time'][:10]}."
 
 
-def _targets(times):
-    lines = ["| target | threads | KL | alpha | Rényi | reached |", "|---|---|---|---|---|---|"]
-    for n, provider, mode, against, unit, limit in TARGETS:
-        promise = f"at least {limit} times faster than" if unit == "times" else f"at most {limit} us above"
+def _targets(kernel, times):
+    lines = _head(["target", "threads", *kernel.titles.values(), "reached"])
+    for target in kernel.targets:
         for threads in sorted({key[0] for key in times}):
-            cells, reached = [], []
-            for divergence in ("kl", "alpha", "renyi"):
-                problem = (threads, divergence, 1, n, mode)
-                ours, theirs = times.get((*problem, provider)), times.get((*problem, against))
-                if ours is None or theirs is None:
-                    cells.append("")
-                elif unit == "times":
-                    cells.append(f"{theirs / ours:.3g}x")
-                    reached.append(theirs >= limit * ours)
-                else:
-                    cells.append(_duration(ours - theirs))
-                    reached.append(ours - theirs <= limit)
+            pairs = [
+                _pair(times, threads, case, target) if not target.cases or case in target.cases else None
+                for case in kernel.titles
+            ]
+            reached = [_reached(target, *pair) for pair in pairs if pair]
             if reached:
-                name = f"{provider}, {mode}, n = {n}: {promise} {against}"
-                lines.append(_line([name, str(threads), *cells, "yes" if all(reached) else "no"]))
+                cells = ["" if pair is None else _figure(target, *pair) for pair in pairs]
+                lines.append(_line([_promise(target), str(threads), *cells, "yes" if all(reached) else "no"]))
     return "\n".join(lines)
 
 
-def _section(times, threads, mode):
+def _pair(times, threads, case, target):
+    """Times of armor and of what it is held against, or None."""
+    found = {
+        key[5]: time
+        for key, time in times.items()
+        if (key[0], key[1], key[4]) == (threads, case, target.mode) and target.shape in (None, key[2:4])
+    }
+    return (found[target.provider], found[target.against]) if {target.provider, target.against} <= set(found) else None
+
+
+def _reached(target, ours, theirs):
+    return theirs >= target.limit * ours if target.unit == "times" else ours - theirs <= target.limit
+
+
+def _figure(target, ours, theirs):
+    return f"{theirs / ours:.3g}x" if target.unit == "times" else _duration(ours - theirs)
+
+
+def _promise(target):
+    if target.unit == "us":
+        promise = f"at most {target.limit} us above"
+    else:
+        promise = "at least as fast as" if target.limit == 1 else f"at least {target.limit} times faster than"
+    where = [target.provider, target.mode]
+    if target.shape:
+        where.append(f"n = {target.shape[1]}" if target.shape[0] == 1 else "{} x {}".format(*target.shape))
+    return f"{', '.join(where)}: {promise} {target.against}"
+
+
+def _section(kernel, times, threads, mode):
     times = {key: time for key, time in times.items() if (key[0], key[4]) == (threads, mode)}
-    shown = [p for p in PROVIDERS if any(key[5] == p for key in times)]
+    shown = _shown(key[5] for key in times)
     others = [p for p in shown if p not in OURS]
-    header = ["divergence", "rows x n", *shown, *(f"{p} / armor" for p in others)]
-    lines = [
-        f"{mode}, {threads} thread{'s' if threads > 1 else ''}:",
-        "",
-        _line(header),
-        "|---" * len(header) + "|",
-    ]
+    lines = [f"{mode}, {threads} thread{'s' if threads > 1 else ''}:", ""]
+    lines += _head([kernel.case, "rows x n", *shown, *(f"{p} / armor" for p in others)])
     for problem in dict.fromkeys(key[:5] for key in times):
         found = {p: times.get((*problem, p)) for p in shown}
         cells = [problem[1], f"{problem[2]} x {problem[3]}", *map(_duration, found.values())]
@@ -108,6 +198,40 @@ def _section(times, threads, mode):
             cells.append(f"{found[p] / found['armor']:.3g}x" if both else "")
         lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _traffic(kernel, records):
+    """The table of operators, syncs and bytes, which do not depend on the threads; none for a kernel without them."""
+    counts = {}
+    for r in records:
+        if r["metric"] in ("operators", "syncs", "bytes"):
+            problem = (r["case"], r["rows"], r["n"], r["mode"])
+            counts.setdefault(problem, {}).setdefault(r["provider"], {})[r["metric"]] = r["p50"]
+    if not counts:
+        return []
+    shown = _shown(provider for found in counts.values() for provider in found)
+    others = [p for p in shown if p not in OURS]
+    lines = ["Operators that compute, times that the host waits for a GPU, and bytes that the operators touch:", ""]
+    lines += _head([kernel.case, "rows x n", "mode", *shown, *(f"bytes, {p} / armor" for p in others)])
+    for (case, rows, n, mode), found in counts.items():
+        cells = [case, f"{rows} x {n}", mode]
+        for p in shown:
+            one = found.get(p)
+            cells.append(f"{one['operators']:g}, {one['syncs']:g}, {_size(one['bytes'])}" if one else "")
+        for p in others:
+            both = p in found and "armor" in found
+            cells.append(f"{found[p]['bytes'] / found['armor']['bytes']:.3g}x" if both else "")
+        lines.append(_line(cells))
+    return ["\n".join(lines)]
+
+
+def _shown(providers):
+    found = set(providers)
+    return [p for p in PROVIDERS if p in found]
+
+
+def _head(cells):
+    return [_line(cells), "|---" * len(cells) + "|"]
 
 
 def _line(cells):
@@ -121,3 +245,10 @@ def _duration(microseconds):
         if abs(microseconds) < 999.5 * size:
             return f"{microseconds / size:.3g} {unit}"
     return f"{microseconds / 1e6:.3g} s"
+
+
+def _size(count):
+    for unit, size in (("B", 1), ("kB", 1e3), ("MB", 1e6)):
+        if count < 999.5 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e9:.3g} GB"

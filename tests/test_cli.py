@@ -178,7 +178,7 @@ def test_config_file_and_override(tmp_path, capsys):
         (["--settings", "tail"], "must be list or one of 'long-tail', 'balanced', 'label-noise', got 'tail'"),
         (["--epochs", "many"], "epochs must be int, got 'many'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-        (["--attack.eps", "1.5"], "attack.eps must lie in [0, 1] because pixels do, got '1.5'"),
+        (["--attack.eps", "1.5"], "attack.eps must lie in (0, 1] because pixels lie in [0, 1], got '1.5'"),
         (["--dual.radius=-1"], "radius"),
         (["--data", "mnist"], "data mnist needs --data-dir, the folder with its four idx files: `npm pack"),
         (

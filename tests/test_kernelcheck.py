@@ -2,12 +2,15 @@
 that is there for its kind, and must pass every build once the bug is repaired.
 """
 
+import ctypes
 import functools
+import math
 import os
 import re
 import subprocess
 
 import pytest
+import torch
 from kernelcheck import toolchain
 
 WRONG, REFUSED = 1, 2  # exit statuses of bugs.cpp
@@ -83,3 +86,31 @@ def test_other_processors():
     program = toolchain.host_shim("bugs.cpp", "-O1", "-DCUEMU_UCONTEXT")
     assert run(program, "missing_grid_barrier", "broken", 3) == (WRONG, "")
     assert run(program, "missing_grid_barrier", "right", 3) == (0, "")
+
+
+# Every 16-bit number there is, and roundings of float32 to them: ties, carries, subnormals and overflow among them.
+@pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_16_bit_types(name, dtype):
+    library = ctypes.CDLL(str(toolchain.host_shim("rowloss_shim.cpp", "-O2", "-shared", "-fPIC")))
+
+    def convert(function, given, to):
+        converted = torch.zeros(given.shape, dtype=to)
+        getattr(library, function)(*(ctypes.c_void_p(t.data_ptr()) for t in (given, converted)), given.numel())
+        return converted
+
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    wide = convert(f"{name}_to_float", every, torch.float32)
+    assert torch.equal(wide.isnan(), every.isnan())
+    assert torch.equal(wide[~every.isnan()], every[~every.isnan()].float())
+
+    exact = wide[wide.isfinite()]
+    above = exact.nextafter(torch.tensor(math.inf))
+    generator = torch.Generator().manual_seed(0)
+    anything = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+    steps = torch.linspace(-1, 2, 4001)
+    between = [exact[:-1].lerp(exact[1:], share) for share in (0.25, 0.5, 0.75)]
+    given = torch.cat([anything, steps, 1e-6 * steps, 1e5 * steps, above, *between])
+    rounded, expected = convert(f"float_to_{name}", given, dtype), given.to(dtype)
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(rounded[kept].view(torch.int16), expected[kept].view(torch.int16))

@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from armor.attacks import pgd
 from armor.ops import dc_loss
 from armor.training import (
     AttackConfig,
@@ -26,7 +27,6 @@ from armor.training import (
     report,
     workers,
 )
-from armor.training.attack import margin, pgd
 from armor.training.config import resolve
 from armor.training.evaluate import evaluate
 from armor.training.step import effective_share, make_state, stream, train_step
@@ -45,7 +45,7 @@ def config(tmp_path, **changes) -> TrainConfig:
     return resolve(TrainConfig(**{**small, "attack": AttackConfig(steps=3), **changes}))
 
 
-# --- attack
+# --- evaluation
 
 
 def scores(weight: float = 1.0) -> nn.Module:
@@ -59,77 +59,6 @@ def scores(weight: float = 1.0) -> nn.Module:
 
 def pixels(*values: float) -> torch.Tensor:
     return torch.tensor(values).view(-1, 1, 1, 1)
-
-
-@pytest.mark.parametrize("loss", ["ce", "margin"])
-def test_pgd_reaches_the_known_optimum_of_a_linear_model(loss):
-    # Bright images must get darker and dark ones brighter: to the edge of the ball, or of the box.
-    x, y = pixels(0.9, 0.2, 0.05, 0.97), torch.tensor([1, 0, 1, 0])
-    x_adv = pgd(scores(), x, y, eps=0.1, steps=10, step_size=0.05, loss=loss, generator=stream(0, "noise"))
-    torch.testing.assert_close(x_adv, pixels(0.8, 0.3, 0.0, 1.0))
-
-
-@pytest.mark.parametrize("loss", ["ce", "margin"])
-@pytest.mark.parametrize("eps", [0.0, 0.03, 0.3])
-def test_pgd_stays_in_ball_and_box_and_raises_the_loss(loss, eps):
-    torch.manual_seed(0)
-    model, x, y = models.mlp(), torch.rand(40, 1, 8, 8).round(decimals=1), torch.arange(40) % 10
-    x_adv = pgd(model, x, y, eps=eps, steps=5, step_size=eps / 2, loss=loss, generator=stream(0, "noise"))
-    assert (x_adv - x).abs().max() <= eps + 1e-6
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
-    assert not x_adv.requires_grad
-    if eps > 0:
-        assert (
-            F.cross_entropy(model(x_adv), y, reduction="none") > F.cross_entropy(model(x), y, reduction="none")
-        ).all()
-
-
-def test_random_start_fills_the_ball():
-    x = torch.full((50, 1, 8, 8), 0.5)
-    start = pgd(scores(), x, torch.zeros(50), eps=0.2, steps=0, step_size=0.1, generator=stream(0, "noise"))
-    offset = start - x
-    assert offset.min() < -0.199
-    assert offset.max() > 0.199
-    assert abs(offset.mean()) < 0.01  # standard error of the mean of 3200 uniform draws: 0.002
-
-
-@pytest.mark.parametrize("batch", [0, 1])
-def test_pgd_of_zero_and_one_sample(batch):
-    x, y = torch.rand(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.long)
-    for loss in ("ce", "margin"):
-        assert pgd(models.mlp(), x, y, eps=0.1, steps=2, step_size=0.1, loss=loss).shape == (batch, 1, 8, 8)
-
-
-def test_pgd_leaves_the_model_as_it_was():
-    # Dropout in train mode and a BatchNorm that the user froze: a blanket model.train() would wake it up.
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 10)).train()
-    model[1].eval()
-    statistics = model[1].running_mean.clone()
-    pgd(model, torch.rand(8, 1, 8, 8), torch.arange(8), eps=0.1, steps=2, step_size=0.1)
-    assert [module.training for module in model.modules()] == [True, True, False, True, True]
-    assert torch.equal(model[1].running_mean, statistics)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_pgd_attacks_in_eval_mode():
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), models.mlp()).train()
-    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
-    attacks = [pgd(model, x, y, eps=0.1, steps=3, step_size=0.05, random_start=False) for _ in range(2)]
-    assert torch.equal(*attacks)
-
-
-def test_margin_values():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
-    assert margin(logits, torch.tensor([1, 0])).tolist() == [-1.0, 2.0]
-
-
-def test_pgd_refuses_an_unknown_loss():
-    with pytest.raises(ValueError, match='"ce" or "margin", got \'cw\''):
-        pgd(scores(), pixels(0.5), torch.tensor([0]), eps=0.1, steps=1, step_size=0.1, loss="cw")
-
-
-# --- evaluation
 
 
 def test_evaluate_counts_what_a_hand_count_gives():
@@ -146,13 +75,13 @@ def test_evaluate_counts_what_a_hand_count_gives():
 
 def test_robust_needs_to_survive_both_attacks(monkeypatch):
     # Stand-in attacks: cross-entropy fools sample 0, margin fools sample 1, FGSM none.
-    def fake(model, x, y, *, loss="ce", random_start=True, **rest):
+    def fake(self, model, x, y, **_):
         fooled = x.clone()
-        if random_start:
-            fooled[0 if loss == "ce" else 1] = 0.0
+        if self.start == "uniform":
+            fooled[0 if self.loss == "ce" else 1] = 0.0
         return fooled
 
-    monkeypatch.setattr("armor.training.evaluate.pgd", fake)
+    monkeypatch.setattr("armor.attacks.Transport.__call__", fake)
     y = torch.ones(4, dtype=torch.long)
     found = evaluate(
         scores(),
@@ -317,11 +246,11 @@ def test_schedule_rises_and_falls_linearly():
 def test_the_attack_grows_over_its_warmup(monkeypatch):
     radii = []
 
-    def recording_pgd(model, x, y, *, eps, step_size, **rest):
-        radii.append((eps, step_size))
+    def recording_attack(self, model, x, y, **_):
+        radii.append((self.cost.radius, self.step_size))
         return x
 
-    monkeypatch.setattr("armor.training.step.pgd", recording_pgd)
+    monkeypatch.setattr("armor.attacks.Transport.__call__", recording_attack)
     for warmup, expected in ((0.5, [0.05, 0.1, 0.1, 0.1]), (0.0, [0.1] * 4), (None, [0.1] * 4)):
         c = resolve(TrainConfig(attack=AttackConfig(warmup=warmup)))
         state = make_state(c, seed=0, steps=4)
@@ -339,7 +268,7 @@ def test_control_step_is_plain_adversarial_sgd():
     state, twin = make_state(c, 3, 5), make_state(c, 3, 5)
     record = train_step(state, x, y, c, None)
 
-    x_adv = pgd(twin.model, x, y, eps=0.1, steps=10, step_size=0.025, generator=twin.noise)
+    x_adv = pgd(0.1, 10, 0.025)(twin.model, x, y, generator=twin.noise)
     loss = F.cross_entropy(twin.model(x_adv), y)
     gradients = torch.autograd.grad(loss, list(twin.model.parameters()))
     for parameter, before, gradient in zip(state.model.parameters(), twin.model.parameters(), gradients, strict=True):
@@ -357,7 +286,7 @@ def test_reweighted_step_descends_the_weighted_loss():
     record = train_step(state, x, y, c, c.dual)
 
     # Danskin: the gradient is that of the weighted loss with the worst-case weights held fixed.
-    x_adv = pgd(twin.model, x, y, eps=0.1, steps=10, step_size=0.025, generator=twin.noise)
+    x_adv = pgd(0.1, 10, 0.025)(twin.model, x, y, generator=twin.noise)
     losses = F.cross_entropy(twin.model(x_adv), y, reduction="none")
     weights = dc_loss(losses, radius=0.3, kappa=0.01, return_dual=True)[1].weights
     gradients = torch.autograd.grad((weights * losses).sum(), list(twin.model.parameters()))
@@ -530,9 +459,9 @@ def test_findings_follow_the_numbers():
         ),
         ({"attack": AttackConfig(eps="8/0")}, "attack.eps must be a number"),
         ({"attack": AttackConfig(eps="nan")}, "attack.eps must be a number"),
-        ({"attack": AttackConfig(eps="8")}, "attack.eps must lie in .0, 1. because pixels do, got '8'"),
+        ({"attack": AttackConfig(eps="8")}, "attack.eps must lie in .0, 1. because pixels lie in .0, 1., got '8'"),
         ({"attack": AttackConfig(eps=-0.1)}, "attack.eps must lie in .0, 1."),
-        ({"attack": AttackConfig(step_size="-1/255")}, "attack.step_size must be at least 0, got '-1/255'"),
+        ({"attack": AttackConfig(step_size="-1/255")}, "attack.step_size must be positive, got '-1/255'"),
         ({"attack": AttackConfig(warmup=1.5)}, "attack.warmup must lie in .0, 1., got 1.5"),
         ({"attack": AttackConfig(steps=0)}, "attack.steps must be at least 1, got 0"),
         ({"dual": DualConfig(radius=-1.0)}, "dual: .*radius.*-1"),

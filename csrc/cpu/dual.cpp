@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "dual_rows.h"
 
 namespace armor::cpu {
 namespace {
@@ -21,31 +22,8 @@ struct Row {
   Scaling scaling;
 };
 
-#define ARMOR_INLINE inline __attribute__((always_inline))
-#define ARMOR_INLINE_LAMBDA __attribute__((always_inline))
-
-// The row loops, compiled for every instruction set worth having.
-namespace baseline {
-#include "simd.h"
-#include "dual_row.h"
-}  // namespace baseline
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ARMOR_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "simd.h"
-#include "dual_row.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,fma,prefer-vector-width=512")
-namespace avx512 {
-#include "simd.h"
-#include "dual_row.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define ARMOR_LOOPS "dual_row.h"
+#include "levels.h"
 
 template <class T>
 struct Loops {
@@ -62,15 +40,7 @@ struct Loops {
 
 template <class T>
 const Loops<T>& loops() {
-  static const Loops<T> best = [] {
-#ifdef ARMOR_X86_LEVELS
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return Loops<T>::template of<avx512::RowLoops<T>>();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return Loops<T>::template of<avx2::RowLoops<T>>();
-#endif
-    return Loops<T>::template of<baseline::RowLoops<T>>();
-  }();
+  static const Loops<T> best = ARMOR_BEST(Loops<T>, RowLoops<T>);
   return best;
 }
 
@@ -151,6 +121,8 @@ void solve_row(Row<T> row, const Settings& settings, bool parallel, const Output
   *out.passes = solver.passes;
 }
 
+}  // namespace
+
 template <class T>
 void solve_rows(const Rows<T>& all) {
   const int64_t n = all.n;
@@ -165,6 +137,11 @@ void solve_rows(const Rows<T>& all) {
   if (all.rows == 1) solve(0, 1);
   else torch::stable::parallel_for(0, all.rows, std::max<int64_t>(1, 2048 / n), solve);
 }
+
+template void solve_rows(const Rows<float>&);
+template void solve_rows(const Rows<double>&);
+
+namespace {
 
 DualOutputs dual_op(const Tensor& losses, const std::optional<Tensor>& costs, const std::optional<Tensor>& clean,
                     int64_t divergence, double alpha, double radius, double kappa, double max_dual) {

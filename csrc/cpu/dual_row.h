@@ -1,4 +1,6 @@
-// The loops over a row that armor::DualSolver asks for, on vectors of eight samples. Included like simd.h, behind it.
+// The loops over a row that armor::DualSolver asks for, on vectors of eight samples; dual.cpp compiles them by levels.h.
+
+#include "simd.h"
 
 template <class T>
 struct RowLoops {

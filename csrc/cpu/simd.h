@@ -1,7 +1,7 @@
 // Eight float64 lanes, and the two transcendental functions that the dual needs on them. Written with the vector
 // extensions of GCC and Clang, so one text serves AVX-512 (one register), AVX2 (two), SSE2 and NEON (four).
-// No include guard and no includes: dual.cpp includes this file once per instruction set, each time inside another
-// namespace, because a vector is broken into registers where its function is compiled, before anything is inlined.
+// No include guard and no includes: levels.h includes this once per instruction set, because a vector is broken into
+// registers where its function is compiled, before anything is inlined.
 
 namespace simd {
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 
 #include "armor/row.h"
 #include "portable.cuh"
@@ -32,17 +33,19 @@ struct Odd {
 // doubles of the widest partial result
 constexpr int kWidest = (sizeof(Sums) > sizeof(Scan) ? sizeof(Sums) : sizeof(Scan)) / sizeof(double);
 
-// The partial result of the lane `distance` away.
+// The partial result of the lane `distance` away. It is made of doubles only, or of floats only.
 template <class Part>
 __device__ inline Part from_lane(const Part& part, int distance) {
+  using Word = std::conditional_t<alignof(Part) == alignof(double), double, float>;
   Part other = part;
-  double* words = reinterpret_cast<double*>(&other);
-  for (int i = 0; i < static_cast<int>(sizeof(Part) / sizeof(double)); ++i)
+  Word* words = reinterpret_cast<Word*>(&other);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Part) / sizeof(Word)); ++i)
     words[i] = __shfl_xor_sync(0xffffffffu, words[i], distance);
   return other;
 }
 
-// Added over a warp, always in the same order. Lane 0 has the result.
+// Added over a warp, always in the same order. Lane 0 has the result, and every lane if a.add(b) and b.add(a) agree.
 template <class Part>
 __device__ inline Part over_warp(Part part) {
 #pragma unroll
@@ -51,7 +54,8 @@ __device__ inline Part over_warp(Part part) {
 }
 
 // A group tells a thread which samples and rows are its own. `reduce` adds up a partial result of every thread: the
-// leader gets the sum, and afterwards no thread still reads what the leader told before.
+// leader gets the sum, and afterwards no thread still reads what the leader told before. `all` gives every thread the
+// sum of partial results that can be added in either order.
 struct WarpGroup {
   static constexpr int kSolvers = kWarps;  // groups in a block
   __device__ WarpGroup(double*, Workspace) {}
@@ -68,6 +72,10 @@ struct WarpGroup {
     const Part part = over_warp(mine);
     __syncwarp();
     return part;
+  }
+  template <class Part>
+  __device__ Part all(const Part& mine) const {
+    return over_warp(mine);
   }
 };
 
@@ -87,13 +95,28 @@ struct BlockGroup {
   template <class Part>
   __device__ Part reduce(const Part& mine) {
     Part part = over_warp(mine);
+    const Part* parts = of_warps(part);
+    if (threadIdx.x == 0)
+      for (int warp = 1; warp < kWarps; ++warp) part.add(parts[warp]);
+    return part;
+  }
+  template <class Part>
+  __device__ Part all(const Part& mine) const {
+    const Part* parts = of_warps(over_warp(mine));
+    Part part = parts[0];
+    for (int warp = 1; warp < kWarps; ++warp) part.add(parts[warp]);
+    return part;
+  }
+
+ private:
+  // What the first thread of every warp has, for all to read.
+  template <class Part>
+  __device__ const Part* of_warps(const Part& part) const {
     __syncthreads();  // the scratch of the reduction before has been read
     Part* parts = reinterpret_cast<Part*>(scratch);
     if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = part;
     __syncthreads();
-    if (threadIdx.x == 0)
-      for (int warp = 1; warp < kWarps; ++warp) part.add(parts[warp]);
-    return part;
+    return parts;
   }
 };
 
@@ -170,7 +193,7 @@ __device__ inline double tilt(double z, const Point& p, double& slope) {
   return u > 0.0 ? exp(log1p(ky) / p.k) : 0.0;
 }
 
-// ---- the kernel ----------------------------------------------------------------------------------------------------
+// ---- the kernels ---------------------------------------------------------------------------------------------------
 
 // What the leader tells its group.
 struct Order {
@@ -266,8 +289,9 @@ class Worker {
   }
 };
 
+// Every thread of the launch calls it. One whose group has no row returns at once.
 template <class T, class Group>
-__global__ void __launch_bounds__(kBlock, 2) dual(Rows<T> all, Workspace workspace) {
+__device__ inline void solve_rows(const Rows<T>& all, const Workspace& workspace) {
   SHARED_ARRAY(double, scratch, kWarps* kWidest);
   SHARED_ARRAY(double, solvers, Group::kSolvers*((sizeof(RowSolver) + 7) / 8));
   SHARED_ARRAY(double, orders, Group::kSolvers*((sizeof(Order) + 7) / 8));
@@ -323,6 +347,11 @@ __global__ void __launch_bounds__(kBlock, 2) dual(Rows<T> all, Workspace workspa
     }
     group.sync();  // the order is read until here
   }
+}
+
+template <class T, class Group>
+__global__ void __launch_bounds__(kBlock, 2) dual(Rows<T> all, Workspace workspace) {
+  solve_rows<T, Group>(all, workspace);
 }
 
 template <class T>

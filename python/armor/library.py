@@ -51,10 +51,16 @@ def define(op: str, schema: str) -> Callable[[Callable[..., Any]], None]:
     def register(fake: Callable[..., Any]) -> None:
         torch.library.define(f"armor::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"armor::{op}", fake)
-        torch.library.register_vmap(f"armor::{op}", lambda *call: _vmap(getattr(torch.ops.armor, op), *call))
+        if not op.startswith("transport"):  # its samples are the first dimension, not the last one
+            torch.library.register_vmap(f"armor::{op}", lambda *call: _vmap(getattr(torch.ops.armor, op), *call))
         _chosen[op], _missing[op] = {}, {}
 
     return register
+
+
+def real(t: Tensor) -> torch.dtype:
+    """The dtype in which operators compute and answer: float64 for float64, float32 for all others."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 @define(
@@ -64,10 +70,9 @@ def define(op: str, schema: str) -> Callable[[Callable[..., Any]], None]:
     "-> (Tensor value, Tensor lam, Tensor nu, Tensor weights, Tensor status, Tensor passes)",
 )
 def _(losses: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if losses.dtype == torch.float64 else torch.float32
-    value, lam, nu = (losses.new_empty(losses.shape[:-1], dtype=dtype) for _ in range(3))
+    value, lam, nu = (losses.new_empty(losses.shape[:-1], dtype=real(losses)) for _ in range(3))
     status, passes = (losses.new_empty(losses.shape[:-1], dtype=torch.int32) for _ in range(2))
-    return value, lam, nu, losses.new_empty(losses.shape, dtype=dtype), status, passes
+    return value, lam, nu, losses.new_empty(losses.shape, dtype=real(losses)), status, passes
 
 
 @define(
@@ -86,6 +91,96 @@ def _(
     return tuple(
         losses.new_empty((0,)) if given is None else given.new_empty(given.shape) for given in (losses, costs, clean)
     )
+
+
+# What the backward pass of a row loss remembers of a row, by kind: cross-entropy, TRADES, MART, KL.
+ROWLOSS_STATS = (2, 5, 7, 5)
+
+
+@define(
+    "rowloss",
+    "(Tensor logits, Tensor target, Tensor? natural, int kind, float beta, float smoothing, int ignore_index) "
+    "-> (Tensor losses, Tensor stats)",
+)
+def _(logits: Tensor, target: Tensor, natural: Tensor | None, kind: int, *_: Any) -> tuple[Tensor, ...]:
+    shape, dtype = logits.shape[:-1], real(logits)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty((*shape, ROWLOSS_STATS[kind]), dtype=dtype)
+
+
+@define(
+    "rowloss_backward",
+    "(Tensor grad, Tensor? weights, Tensor logits, Tensor target, Tensor? natural, Tensor stats, int kind, "
+    "float beta, float smoothing, int ignore_index, bool natural_grad) -> (Tensor grad_logits, Tensor grad_natural)",
+)
+def _(grad: Tensor, weights: Tensor | None, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    natural_grad = rest[-1]
+    return logits.new_empty(logits.shape), logits.new_empty(logits.shape if natural_grad else (0,))
+
+
+@define(
+    "rowloss_dual",
+    "(Tensor logits, Tensor target, Tensor? natural, Tensor? costs, int kind, float beta, float smoothing, "
+    "int divergence, float alpha, float radius, float kappa, float max_dual) "
+    "-> (Tensor value, Tensor losses, Tensor stats, Tensor lam, Tensor nu, Tensor weights, Tensor status, "
+    "Tensor passes)",
+)
+def _(
+    logits: Tensor, target: Tensor, natural: Tensor | None, costs: Tensor | None, kind: int, *_: Any
+) -> tuple[Tensor, ...]:
+    samples, dtype = logits.shape[:-1], real(logits)
+    losses, weights = (logits.new_empty(samples, dtype=dtype) for _ in range(2))
+    value, lam, nu = (logits.new_empty(samples[:-1], dtype=dtype) for _ in range(3))
+    status, passes = (logits.new_empty(samples[:-1], dtype=torch.int32) for _ in range(2))
+    stats = logits.new_empty((*samples, ROWLOSS_STATS[kind]), dtype=dtype)
+    return value, losses, stats, lam, nu, weights, status, passes
+
+
+@define(
+    "transport_init",
+    "(Tensor x, Tensor? seeds, Tensor? radii, Tensor? mean, Tensor? std, int start, float radius, float lo, float hi, "
+    "ScalarType? feed_dtype) -> (Tensor x_adv, Tensor status, Tensor feed)",
+)
+def _(x: Tensor, seeds: Tensor | None, radii: Tensor | None, mean: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    x_adv = dense_like(x)
+    return x_adv, x.new_empty(x.shape[0], dtype=torch.int32), _feed(x_adv, mean, rest[-1])
+
+
+@define(
+    "transport_step",
+    "(Tensor x_adv, Tensor grad, Tensor x, Tensor? mu, Tensor? radii, Tensor? active, Tensor? seeds, Tensor? mean, "
+    "Tensor? std, int kind, float radius, float step_size, float weight, float power, int norm, int variant, "
+    "float lo, float hi, bool targeted, bool final, ScalarType? feed_dtype) "
+    "-> (Tensor x_next, Tensor status, Tensor costs, Tensor feed)",
+)
+def _(x_adv: Tensor, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    mean, kind, final, feed_dtype = rest[4], rest[6], rest[-2], rest[-1]
+    x_next = dense_like(x, x_adv, grad)
+    costs = x.new_empty(x.shape[0] if final and kind in COSTLY else 0, dtype=real(x))
+    return x_next, x.new_empty(x.shape[0], dtype=torch.int32), costs, _feed(x_next, mean, feed_dtype)
+
+
+@define(
+    "transport_cost",
+    "(Tensor x_adv, Tensor x, Tensor? radii, int kind, float radius, float weight, float power, int norm, float lo, "
+    "float hi) -> Tensor costs",
+)
+def _(x_adv: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=real(x))
+
+
+COSTLY = (3, 4)  # transport kinds that are costs (norm_power, soft_ball); the others are sets
+
+
+def dense_like(x: Tensor, *others: Tensor) -> Tensor:
+    """An empty tensor like x in the layout of a transport: channels_last if all are, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    kept = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    kept = kept and all(t.stride() == x.stride() for t in others)
+    return torch.empty_like(x, memory_format=last if kept else torch.contiguous_format)
+
+
+def _feed(x: Tensor, mean: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    return x.new_empty(0) if mean is None and dtype is None else torch.empty_like(x, dtype=dtype or x.dtype)
 
 
 def _vmap(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -144,7 +239,7 @@ def _assign(op: str, device: str, candidates: tuple[str, ...]) -> str:
         if backend in _missing[op]:
             continue
         if backend == "triton":
-            torch.library.impl(f"armor::{op}", device, _lazy(f"armor_kernels.{op.removesuffix('_backward')}", op))
+            torch.library.impl(f"armor::{op}", device, _lazy(f"armor_kernels.{op.partition('_')[0]}", op))
         elif backend in MODULES and not _has_kernel(op, device):
             _missing[op][backend] = f"armor/{MODULES[backend]} has no {op}"
             continue

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from armor.ops.dual import DualResult, _family, _number, dc_loss, dc_objective
+from armor.ops.check import number
+from armor.ops.dual import DualResult, _family, dc_loss, dc_objective
 
 
 class DCLoss(nn.Module):
@@ -32,9 +33,9 @@ class DCLoss(nn.Module):
     ) -> None:
         super().__init__()
         _family(divergence, alpha)
-        self.radius = _number("radius", radius, least=0.0)
-        self.kappa = _number("kappa", kappa, least=0.0)
-        self.max_dual = _number("max_dual", max_dual, above=0.0)
+        self.radius = number("radius", radius, least=0.0)
+        self.kappa = number("kappa", kappa, least=0.0)
+        self.max_dual = number("max_dual", max_dual, above=0.0)
         self.divergence, self.alpha, self.dim = divergence, alpha, dim
         self.last = None
 
@@ -81,11 +82,11 @@ class LearnedDual(nn.Module):
     ) -> None:
         super().__init__()
         _family(divergence, alpha)
-        self.radius = _number("radius", radius, least=0.0)
-        self.kappa = _number("kappa", kappa, least=0.0)
+        self.radius = number("radius", radius, least=0.0)
+        self.kappa = number("kappa", kappa, least=0.0)
         self.divergence, self.alpha = divergence, alpha
-        self.log_lam = nn.Parameter(torch.tensor(math.log(_number("lam", lam, above=0.0))))
-        self.nu = None if divergence == "kl" else nn.Parameter(torch.tensor(_number("nu", nu)))
+        self.log_lam = nn.Parameter(torch.tensor(math.log(number("lam", lam, above=0.0))))
+        self.nu = None if divergence == "kl" else nn.Parameter(torch.tensor(number("nu", nu)))
 
     @property
     def lam(self) -> Tensor:

@@ -19,6 +19,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -579,4 +581,44 @@ inline void __threadfence() {
   cuemu::current->fence.acquire();
   cuemu::current->fence.release();
   cuemu::yield();
+}
+
+template <class Word>
+void hide(Word&) {}  // of csrc/cuda/portable.cuh: matters to nvcc alone
+
+// The two 16-bit types, as far as kernels read and write them.
+struct __half {
+  std::uint16_t bits;
+};
+struct __nv_bfloat16 {
+  std::uint16_t bits;
+};
+
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  float magnitude = mantissa ? NAN : HUGE_VALF;
+  if (exponent < 31) magnitude = std::ldexp(static_cast<float>(mantissa + (exponent ? 1024 : 0)), std::max(exponent, 1) - 25);
+  return x.bits >> 15 ? -magnitude : magnitude;
+}
+
+inline __half __float2half_rn(float x) {
+  const unsigned sign = std::bit_cast<std::uint32_t>(x) >> 16 & 0x8000u;
+  const float magnitude = std::fabs(x);
+  if (x != x) return {0x7fff};
+  if (magnitude >= 65520.0f) return {static_cast<std::uint16_t>(sign | 0x7c00u)};
+  if (magnitude == 0.0f) return {static_cast<std::uint16_t>(sign)};
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const int unit = std::max(exponent - 11, -24);
+  // A mantissa of 2048, where rounding has carried, is one more in the exponent.
+  const unsigned mantissa = static_cast<unsigned>(std::nearbyint(std::ldexp(magnitude, -unit)));
+  return {static_cast<std::uint16_t>(sign | ((static_cast<unsigned>(unit + 24) << 10) + mantissa))};
+}
+
+inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }

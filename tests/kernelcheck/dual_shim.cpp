@@ -2,40 +2,19 @@
 // calls; as a program it is what the sanitizers watch: rows of every sort through every kind of group under several
 // schedules, each compared with the same kernel run by one thread.
 
-#include "cuemu.h"  // first: it says what __device__ is
+#include "shim.h"
 
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
-#include <exception>
 #include <random>
-#include <string>
-#include <vector>
-
-#include "dual.cuh"
 
 namespace {
 
 using namespace armor;
 using namespace armor::cuda;
-
-// A group of one thread: the kernel as a plain loop.
-struct Alone {
-  static constexpr int kSolvers = 1;
-  Alone(double*, Workspace) {}
-  int64_t first_row() const { return 0; }
-  int64_t row_step() const { return 1; }
-  int64_t rank() const { return 0; }
-  int64_t size() const { return 1; }
-  int solver() const { return 0; }
-  bool leads() const { return true; }
-  bool writes() const { return true; }
-  void sync() const {}
-  template <class Part>
-  Part reduce(const Part& mine) const {
-    return mine;
-  }
-};
+using shim::Alone;
+using shim::expect_close;
+using shim::failures;
+using shim::report;
 
 enum class Groups : int { alone, warp, block, grid };
 
@@ -57,19 +36,6 @@ void solve(const How& how, const Rows<T>& rows) {
   if (how.groups == Groups::warp) launch(dual<T, WarpGroup>, blocks, kBlock);
   if (how.groups == Groups::block) launch(dual<T, BlockGroup>, blocks, kBlock);
   if (how.groups == Groups::grid) launch(dual<T, GridGroup>, blocks, kBlock);
-}
-
-// What went wrong, or null. The text lives until the next call.
-template <class Body>
-const char* report(const Body& body) {
-  static std::string message;
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
 }
 
 template <class T>
@@ -162,28 +128,11 @@ struct Solution {
   }
 };
 
-int failures = 0;
-
-template <class T>
-void expect_close(const char* what, const std::vector<T>& got, const std::vector<T>& expected, double tolerance) {
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double a = got[i], b = expected[i];
-    const bool same = a == b || (std::isnan(a) && std::isnan(b));
-    if (same || std::fabs(a - b) <= tolerance * std::fmax(1.0, std::fabs(b))) continue;
-    std::printf("  %s[%zu] is %.17g, expected %.17g\n", what, i, a, b);
-    ++failures;
-    return;
-  }
-}
-
 template <class T>
 void compare(const char* name, const Problem<T>& problem, const Settings& settings, How how, int seeds) {
   const Solution<T> alone(problem, settings, {Groups::alone, 1, {}});
   for (int seed = 0; seed < seeds; ++seed) {
-    how.schedule = {seed == 0   ? cuemu::Order::forward
-                    : seed == 1 ? cuemu::Order::reverse
-                                : cuemu::Order::random,
-                    static_cast<uint64_t>(seed)};
+    how.schedule = shim::schedule(seed);
     const int before = failures;
     try {
       const Solution<T> got(problem, settings, how);

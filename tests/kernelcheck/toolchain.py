@@ -40,14 +40,22 @@ def sanitized(source: str, sanitizer: str) -> Path:
 
 def ptxas_report(source: str, arch: int, *flags: str) -> str:
     """What ptxas says of the kernels in a .cu of this folder, optimised as setup.py has it, for sm_`arch`."""
+    checks = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
+    return _compiled(source, arch, "-cubin", checks, *flags)[1]
+
+
+def ptx(source: str, arch: int, *flags: str) -> str:
+    """The PTX of the kernels in a .cu of this folder."""
+    return _compiled(source, arch, "-ptx", *flags)[0].read_text()
+
+
+def _compiled(source: str, arch: int, *flags: str) -> tuple[Path, str]:
     nvcc = _nvcc()
     if nvcc is None:
         pytest.skip("no CUDA toolkit with bin/nvcc and include/cuda_runtime.h")
     if f"sm_{arch}" not in _output((nvcc, "--list-gpu-code")).split():
         pytest.skip(f"{nvcc} does not know sm_{arch}")
-    checks = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
-    options = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", checks]
-    return _built([nvcc, *options, *flags, *INCLUDES, HERE / source], source)[1]
+    return _built([nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", *flags, *INCLUDES, HERE / source], source)
 
 
 def _nvcc() -> Path | None:

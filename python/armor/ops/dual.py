@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import armor.library  # noqa: F401  (registers torch.ops.armor)
+from armor.ops import check
+from armor.ops.function import differentiable, first_order
 
 DIVERGENCES = {"kl": 0, "alpha": 1, "renyi": 2}
 
@@ -91,10 +92,10 @@ def dc_loss(
     Source: Birrell and Ebrahimi, "Optimal Transport Regularized Divergences", arXiv:2309.03791.
     """
     kind, order = _family(divergence, alpha)
-    radius, kappa = _number("radius", radius, least=0.0), _number("kappa", kappa, least=0.0)
-    max_dual = _number("max_dual", max_dual, above=0.0)
+    radius, kappa = check.number("radius", radius, least=0.0), check.number("kappa", kappa, least=0.0)
+    max_dual = check.number("max_dual", max_dual, above=0.0)
     losses, costs, clean_losses = _samples(losses, costs, clean_losses, dim)
-    value, *dual = _apply(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
+    value, *dual = _dual(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
     if not return_dual:
         return value
     lam, nu, weights, status, passes = dual
@@ -128,7 +129,7 @@ def dc_objective(
     Returns: the objective(s), with the shape of `losses` without `dim`.
     """
     kind, order = _family(divergence, alpha)
-    radius, kappa = _number("radius", radius, least=0.0), _number("kappa", kappa, least=0.0)
+    radius, kappa = check.number("radius", radius, least=0.0), check.number("kappa", kappa, least=0.0)
     if (nu is None) != (kind == 0):
         raise ValueError(f"nu must be {'None' if kind == 0 else 'given'} for divergence={divergence!r}, got {nu!r}")
     losses, costs, clean_losses = _samples(losses, costs, clean_losses, dim)
@@ -159,62 +160,6 @@ def dc_objective(
     return mu.squeeze(-1) * (radius + potential) - kappa * radius
 
 
-class _Dual(torch.autograd.Function):
-    """armor::dual over the last dimension, with the gradient of the envelope theorem."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        losses: Tensor,
-        costs: Tensor | None,
-        clean_losses: Tensor | None,
-        kind: int,
-        order: float,
-        radius: float,
-        kappa: float,
-        max_dual: float,
-    ) -> tuple[Tensor, ...]:
-        output = _solve(losses, costs, clean_losses, kind, order, radius, kappa, max_dual)
-        _remember(ctx, (losses, costs, clean_losses, kind, order, radius, kappa, max_dual), output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_value is None:
-            return (None,) * 8
-        lam, weights, losses, costs, clean_losses = ctx.saved_tensors
-        # Grad mode is on where somebody may differentiate again: create_graph=True and torch.func.
-        call = _DualBackward.apply if torch.is_grad_enabled() else torch.ops.armor.dual_backward.default
-        mu = lam + ctx.kappa if ctx.kappa else lam
-        to_losses, to_costs, to_clean = call(grad_value, mu, weights, losses, costs, clean_losses)
-        return (
-            to_losses,
-            None if costs is None else to_costs,
-            None if clean_losses is None else to_clean,
-            *(None,) * 5,
-        )
-
-
-class _DualUnderTransforms(_Dual):
-    """The same for torch.func, which wants forward apart from its context. Applying such a function costs more than a
-    small solve, so plain autograd does without."""
-
-    generate_vmap_rule = True  # from those of the operators (armor.library)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _solve(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _remember(ctx, inputs, output)
-
-
-def _apply(*args: Any) -> tuple[Tensor, ...]:
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return (_DualUnderTransforms if transformed else _Dual).apply(*args)
-
-
 def _solve(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.armor.dual.default(*args)
 
@@ -228,60 +173,41 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.kappa = kappa
 
 
-class _DualBackward(torch.autograd.Function):
-    """armor::dual_backward; a function of its own so that a second derivative is refused instead of wrong."""
+def _backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradient of the envelope theorem."""
+    if grad_value is None:
+        return (None,) * 8
+    lam, weights, losses, costs, clean_losses = ctx.saved_tensors
+    mu = lam + ctx.kappa if ctx.kappa else lam
+    to_losses, to_costs, to_clean = _dual_backward(grad_value, mu, weights, losses, costs, clean_losses)
+    return (
+        to_losses,
+        None if costs is None else to_costs,
+        None if clean_losses is None else to_clean,
+        *(None,) * 5,
+    )
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(
-        grad_value: Tensor,
-        mu: Tensor,
-        weights: Tensor,
-        losses: Tensor,
-        costs: Tensor | None,
-        clean_losses: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return torch.ops.armor.dual_backward.default(grad_value, mu, weights, losses, costs, clean_losses)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(
-            "dc_loss has first derivatives only: its gradient holds the dual variables fixed (envelope theorem). "
-            "Use dc_objective for higher orders."
-        )
+_dual = differentiable(_solve, _remember, _backward)
+_dual_backward = first_order(
+    lambda *args: torch.ops.armor.dual_backward.default(*args),
+    "dc_loss has first derivatives only: its gradient holds the dual variables fixed (envelope theorem). "
+    "Use dc_objective for higher orders.",
+)
 
 
 def _family(divergence: str, alpha: float | None) -> tuple[int, float]:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))}, got {divergence!r}")
+    check.choice("divergence", divergence, DIVERGENCES)
     if divergence == "kl":
         if alpha is not None:
             raise ValueError(f"alpha must be None for divergence='kl', got {alpha!r}")
         return 0, 0.0
     if alpha is None:
         raise ValueError(f"alpha must be given for divergence={divergence!r}, got None")
-    alpha = _number("alpha", alpha, above=1.0 if divergence == "alpha" else 0.0)
+    alpha = check.number("alpha", alpha, above=1.0 if divergence == "alpha" else 0.0)
     if alpha == 1.0:
         raise ValueError("alpha must not be 1 for divergence='renyi', got 1.0")
     return DIVERGENCES[divergence], alpha
-
-
-def _number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    number = float(value)
-    if not -math.inf < number < math.inf:  # not math.isfinite, which torch.compile cannot trace on a symbolic float
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least:g}, got {value!r}")
-    if above is not None and number <= above:
-        raise ValueError(f"{name} must be greater than {above:g}, got {value!r}")
-    return number
 
 
 def _samples(
@@ -291,7 +217,8 @@ def _samples(
     given = {"losses": losses, "costs": costs, "clean_losses": clean_losses}
     for name, tensor in given.items():
         if tensor is not None:
-            _check_tensor(name, tensor, losses)
+            check.tensor(name, tensor)
+            check.matches(name, tensor, "losses", losses)
     if clean_losses is not None and costs is None:
         raise ValueError("clean_losses needs costs: without a cost there is no reason to stay clean, got costs=None")
     if losses.dim() == 0:
@@ -309,16 +236,3 @@ def _samples(
     if dim not in (-1, losses.dim() - 1):
         ready = [None if t is None else t.movedim(dim, -1) for t in ready]
     return ready[0], ready[1], ready[2]  # type: ignore[return-value]
-
-
-def _check_tensor(name: str, tensor: Any, losses: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if type(tensor) is not Tensor and any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
-        raise TypeError(f"{name} must be a plain tensor, got a DTensor: gather it with full_tensor()")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if tensor.shape != losses.shape:
-        raise ValueError(f"{name} must have the shape of losses {tuple(losses.shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != losses.device:
-        raise ValueError(f"{name} must be on the device of losses ({losses.device}), got {tensor.device}")

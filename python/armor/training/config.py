@@ -210,10 +210,10 @@ def resolve(given: TrainConfig) -> ResolvedConfig:
         raise ConfigError(f"attack.warmup must lie in [0, 1], got {config.attack.warmup}")
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise ConfigError(f"lr must be positive and finite, got {config.lr}")
-    if not 0 <= config.eps <= 1:
-        raise ConfigError(f"attack.eps must lie in [0, 1] because pixels do, got {config.attack.eps!r}")
-    if not (config.step_size >= 0 and math.isfinite(config.step_size)):
-        raise ConfigError(f"attack.step_size must be at least 0, got {config.attack.step_size!r}")
+    if not 0 < config.eps <= 1:
+        raise ConfigError(f"attack.eps must lie in (0, 1] because pixels lie in [0, 1], got {config.attack.eps!r}")
+    if not (config.step_size > 0 and math.isfinite(config.step_size)):
+        raise ConfigError(f"attack.step_size must be positive, got {config.attack.step_size!r}")
     _check_dual(config.dual)
     if not re.fullmatch(r"\w[\w.+-]*", config.name):
         raise ConfigError(f"name must be one folder name of letters, digits and . + - _, got {config.name!r}")

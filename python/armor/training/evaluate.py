@@ -6,12 +6,11 @@ PGD on cross-entropy alone flatters re-weighted models, so `robust` asks a sampl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from armor.training.attack import eval_mode, pgd
+from armor.attacks import fgsm, modes, pgd
 from armor.training.data import CLASSES, Samples
 
 METRICS = ("clean", "fgsm", "pgd", "margin", "robust", "worst_class")
@@ -32,20 +31,20 @@ def evaluate(
     pgd and margin take `steps` sign steps of eps/10 from a random start in the ball; a sample is robust if
     it survives both; worst_class is the robust share of the worst class that occurs.
     """
-    attacks: dict[str, dict[str, Any]] = {
-        "fgsm": {"steps": 1, "step_size": eps, "random_start": False},
-        "pgd": {"steps": steps, "step_size": eps / 10, "generator": generator},
-        "margin": {"steps": steps, "step_size": eps / 10, "generator": generator, "loss": "margin"},
+    attacks = {
+        "fgsm": fgsm(eps),
+        "pgd": pgd(eps, steps, eps / 10),
+        "margin": pgd(eps, steps, eps / 10, loss="margin"),
     }
     right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
     for start in range(0, len(samples), BATCH):
         batch = samples[slice(start, start + BATCH)]
         right["clean"].append(correct(model, batch.x, batch.y))
         progress(len(batch))
-        for name, options in attacks.items():
-            x_adv = pgd(model, batch.x, batch.y, eps=eps, **options)
+        for name, attack in attacks.items():
+            x_adv = attack(model, batch.x, batch.y, generator=generator)
             right[name].append(correct(model, x_adv, batch.y))
-            progress(len(batch) * options["steps"])
+            progress(len(batch) * attack.steps)
     survived = {name: torch.cat(parts).cpu() for name, parts in right.items()}
     survived["robust"] = survived["pgd"] & survived["margin"]
     accuracy = {name: flags.double().mean().item() for name, flags in survived.items()}
@@ -60,7 +59,7 @@ def evaluate(
 @torch.no_grad()
 def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Bool [n]: which samples the model, in eval mode, classifies as y."""
-    with eval_mode(model):
+    with modes(model):
         return model(x).argmax(1) == y
 
 

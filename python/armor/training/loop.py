@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armor.ops import dc_loss
+from armor.attacks import modes, pgd
+from armor.ops import cross_entropy, dc_loss
 from armor.training import checkpoint, data, evaluate
-from armor.training.attack import eval_mode, pgd
 from armor.training.config import DualConfig, ResolvedConfig
 from armor.training.step import TrainState, make_state, stream, train_step
 
@@ -106,15 +105,8 @@ def validation_accuracy(
     model: nn.Module, samples: data.Samples, config: ResolvedConfig, seed: int
 ) -> tuple[float, float]:
     """Clean accuracy and accuracy under the training attack, for the curves."""
-    x_adv = pgd(
-        model,
-        samples.x,
-        samples.y,
-        eps=config.eps,
-        steps=config.attack.steps,
-        step_size=config.step_size,
-        generator=stream(seed, "evaluate", config.device),
-    )
+    attack = pgd(config.eps, config.attack.steps, config.step_size)
+    x_adv = attack(model, samples.x, samples.y, generator=stream(seed, "evaluate", config.device))
     shares = [evaluate.correct(model, x, samples.y).double().mean().item() for x in (samples.x, x_adv)]
     return shares[0], shares[1]
 
@@ -129,18 +121,11 @@ def weighted_samples(
     """
     generator = stream(seed, "samples")
     chosen = train[torch.randperm(len(train), generator=generator)[:SHOWN_SAMPLES].to(train.y.device)]
-    x_adv = pgd(
-        model,
-        chosen.x,
-        chosen.y,
-        eps=config.eps,
-        steps=config.attack.steps,
-        step_size=config.step_size,
-        generator=stream(seed, "samples", config.device),
-    )
-    with torch.no_grad(), eval_mode(model):
+    attack = pgd(config.eps, config.attack.steps, config.step_size)
+    x_adv = attack(model, chosen.x, chosen.y, generator=stream(seed, "samples", config.device))
+    with torch.no_grad(), modes(model):
         logits = model(x_adv)
-        losses = F.cross_entropy(logits, chosen.y, reduction="none")
+        losses = cross_entropy(logits, chosen.y)
         _, result = dc_loss(losses, **vars(dual), return_dual=True)
     order = result.weights.argsort(descending=True, stable=True)
     shown = torch.cat([order[:SHOWN_EACH], order[-SHOWN_EACH:]])

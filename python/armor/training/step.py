@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armor.ops import dc_loss
+from armor.attacks import pgd
+from armor.ops import cross_entropy, dc_loss
 from armor.training import models
-from armor.training.attack import pgd
 from armor.training.config import DualConfig, ResolvedConfig
 
 # One independent stream of random numbers per use, so that the two methods of a pair, which differ in the
@@ -41,16 +40,9 @@ def train_step(state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, 
     The result stays on the device, so that a step never waits for it.
     """
     strength = min(1.0, (state.schedule.last_epoch + 1) / max(1, state.attack_warmup))
-    x_adv = pgd(
-        state.model,
-        x,
-        y,
-        eps=strength * config.eps,
-        steps=config.attack.steps,
-        step_size=strength * config.step_size,
-        generator=state.noise,
-    )
-    losses = F.cross_entropy(state.model(x_adv), y, reduction="none")
+    attack = pgd(strength * config.eps, config.attack.steps, strength * config.step_size)
+    x_adv = attack(state.model, x, y, generator=state.noise)
+    losses = cross_entropy(state.model(x_adv), y)
     if dual is None:
         objective = losses.mean()
         lam, share = losses.new_tensor(float("nan")), losses.new_ones(())

@@ -32,13 +32,14 @@ def dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The value sup { E_Q[losses] - kappa * D^c : D^c(Q || P_n) <= radius } of every row, with its duals.
 
-    losses, costs, clean_losses: [rows, n], n >= 1. divergence: 0 KL, 1 alpha, 2 Rényi; only the last two use
-    `alpha`. Returns value, lam, nu [rows] and weights [rows, n] in float64 for float64 losses and float32 for
-    other dtypes, then status and passes [rows] in int32. The edges are those of section 3 of docs/math.md.
+    losses, costs, clean_losses: [..., n], n >= 1. divergence: 0 KL, 1 alpha, 2 Rényi; only the last two use
+    `alpha`. Returns value, lam, nu [...] and weights [..., n] in float64 for float64 losses and float32 for
+    other dtypes, then status and passes [...] in int32. The edges are those of section 3 of docs/math.md.
     """
-    loss = losses.double().contiguous()
-    cost = torch.zeros_like(loss) if costs is None else costs.double()
-    kept = torch.full_like(loss, -math.inf) if clean_losses is None else clean_losses.double()
+    front, rows = losses.shape[:-1], (math.prod(losses.shape[:-1]), losses.shape[-1])
+    loss = losses.double().reshape(rows)
+    cost = torch.zeros_like(loss) if costs is None else costs.double().reshape(rows)
+    kept = torch.full_like(loss, -math.inf) if clean_losses is None else clean_losses.double().reshape(rows)
 
     nan = loss.isnan() | cost.isnan() | (cost == -math.inf)
     if clean_losses is not None:
@@ -65,9 +66,9 @@ def dual(
     status = status.masked_fill(odd, NONFINITE)
 
     dtype = torch.float64 if losses.dtype == torch.float64 else torch.float32
-    value, lam, nu = (entry.squeeze(1).to(dtype) for entry in (value, lam, nu))
+    value, lam, nu = (entry.to(dtype).view(front) for entry in (value, lam, nu))
     passes = torch.full_like(value, BITS if divergence == KL else BITS * BITS, dtype=torch.int32)
-    return value, lam, nu, weights.to(dtype), status.squeeze(1), passes
+    return value, lam, nu, weights.to(dtype).view(losses.shape), status.view(front), passes
 
 
 def dual_backward(
@@ -80,10 +81,10 @@ def dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Danskin: dV/dlosses = q and dV/dcosts = -mu * q on the transported branch, dV/dclean_losses = q off it.
 
-    grad_value, mu: [rows]; the others [rows, n]. Each gradient has the dtype of its input; an input that was
+    grad_value, mu: [...]; the others [..., n]. Each gradient has the dtype of its input; an input that was
     not given has an empty one.
     """
-    mu, share = mu.double()[:, None], grad_value.double()[:, None] * weights.double()
+    mu, share = mu.double()[..., None], grad_value.double()[..., None] * weights.double()
     kept = torch.zeros_like(share, dtype=torch.bool)
     if clean_losses is not None:
         toll = 0.0 if costs is None else _price(mu, costs.double())
