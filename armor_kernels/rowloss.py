@@ -151,11 +151,6 @@ def _logits(ptr, row, exists, cols, CLASSES: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
-def _log_softmax(z, z_max, z_log):
-    return (z - z_max[:, None]) - z_log[:, None]
-
-
-@triton.jit
 def _log_sum(ptr, row, exists, CLASSES: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr):
     """(max, log sum exp(z - max)) of every row.
 
@@ -200,8 +195,18 @@ def _log_with_floor(q, log_q):
 
 
 @triton.jit
-def _kl_term(p, log_p, log_q):
-    return tl.where(p == 0.0, 0.0, p * (log_p - log_q))
+def _softmax(b, z_log):
+    """q from b = z - max z; exp(b - log sum) would round the difference first."""
+    return tl.exp(b) * tl.exp(-z_log)[:, None]
+
+
+@triton.jit
+def _log_ratio(a, b, z_log, w_log, KIND: tl.constexpr):
+    """log(p / q), and for MART log(p / (q + 1e-12)), from a = w - max w and b = z - max z."""
+    if KIND == 2:
+        return (a - w_log[:, None]) - _log_with_floor(_softmax(b, z_log), b - z_log[:, None])
+    else:
+        return (a - b) - (w_log - z_log)[:, None]
 
 
 @triton.jit
@@ -214,17 +219,19 @@ def _kl(
     z_log,
     w_max,
     w_log,
+    KIND: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """KL(p || q) of every row."""
+    """KL(p || q) of every row, and for MART KL(p || q + 1e-12)."""
     kl = tl.zeros_like(z_max)
     for start in range(0, CLASSES, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        log_q = _log_softmax(_logits(z_ptr, row, exists, cols, CLASSES, REAL), z_max, z_log)
-        log_p = _log_softmax(_logits(w_ptr, row, exists, cols, CLASSES, REAL), w_max, w_log)
-        kl += tl.sum(_kl_term(tl.exp(log_p), log_p, log_q), 1)
+        b = _logits(z_ptr, row, exists, cols, CLASSES, REAL) - z_max[:, None]
+        a = _logits(w_ptr, row, exists, cols, CLASSES, REAL) - w_max[:, None]
+        p = _softmax(a, w_log)
+        kl += tl.sum(tl.where(p == 0.0, 0.0, p * _log_ratio(a, b, z_log, w_log, KIND)), 1)
     return kl
 
 
@@ -245,6 +252,11 @@ def _rival(ptr, row, exists, y, CLASSES: tl.constexpr, BLOCK: tl.constexpr, REAL
 
 
 @triton.jit
+def _shared(p, q):
+    return p * (q / (q + FLOOR))
+
+
+@triton.jit
 def _overlap(
     z_ptr,
     w_ptr,
@@ -258,17 +270,14 @@ def _overlap(
     BLOCK: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """KL(p || q + 1e-12) and S = sum p q / (q + 1e-12) of every row."""
-    kl = tl.zeros_like(z_max)
+    """S = sum p q / (q + 1e-12) of every row."""
     overlap = tl.zeros_like(z_max)
     for start in range(0, CLASSES, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        log_q = _log_softmax(_logits(z_ptr, row, exists, cols, CLASSES, REAL), z_max, z_log)
-        log_p = _log_softmax(_logits(w_ptr, row, exists, cols, CLASSES, REAL), w_max, w_log)
-        q, p = tl.exp(log_q), tl.exp(log_p)
-        kl += tl.sum(_kl_term(p, log_p, _log_with_floor(q, log_q)), 1)
-        overlap += tl.sum(p * (q / (q + FLOOR)), 1)
-    return kl, overlap
+        b = _logits(z_ptr, row, exists, cols, CLASSES, REAL) - z_max[:, None]
+        a = _logits(w_ptr, row, exists, cols, CLASSES, REAL) - w_max[:, None]
+        overlap += tl.sum(_shared(_softmax(a, w_log), _softmax(b, z_log)), 1)
+    return overlap
 
 
 @triton.jit
@@ -287,6 +296,12 @@ def _slope(cols, k, log_q_k, q):
 def _margin(log_q_rival):
     """1.0001 - q_m + 1e-12 of the strongest wrong class m."""
     return (1e-4 + _complement(log_q_rival)) + FLOOR
+
+
+@triton.jit
+def _log_margin(log_q_rival):
+    q = tl.exp(log_q_rival)
+    return tl.where(q < 0.5, _log1p((1e-4 - q) + FLOOR), tl.log(_margin(log_q_rival)))
 
 
 @triton.jit
@@ -333,15 +348,13 @@ def _rowloss(
         beta = tl.full((1,), 1.0 if KIND == 3 else beta, REAL)
         w_max, w_log = _log_sum(natural_ptr, row, exists, CLASSES, BLOCK, REAL)
         w_y = tl.load(natural_ptr + row * CLASSES + y, mask=exists & valid, other=0.0).to(REAL)
+        kl = _kl(logits_ptr, natural_ptr, row, exists, z_max, z_log, w_max, w_log, KIND, CLASSES, BLOCK, REAL)
         if KIND == 2:
+            overlap = _overlap(logits_ptr, natural_ptr, row, exists, z_max, z_log, w_max, w_log, CLASSES, BLOCK, REAL)
             rival_z, rival = _rival(logits_ptr, row, exists, y, CLASSES, BLOCK, REAL)
-            kl, overlap = _overlap(
-                logits_ptr, natural_ptr, row, exists, z_max, z_log, w_max, w_log, CLASSES, BLOCK, REAL
-            )
-            loss -= tl.log(_margin((rival_z - z_max) - z_log))
+            loss -= _log_margin((rival_z - z_max) - z_log)
             loss += beta * kl * _doubt((w_y - w_max) - w_log)
         else:
-            kl = _kl(logits_ptr, natural_ptr, row, exists, z_max, z_log, w_max, w_log, CLASSES, BLOCK, REAL)
             loss = beta * kl
             if KIND == 1:
                 loss += (w_max - w_y) + w_log
@@ -399,8 +412,8 @@ def _rowloss_backward(
     z_max = tl.load(stats, mask=exists, other=0.0)
     z_log = tl.load(stats + 1, mask=exists, other=0.0)
     usable &= z_log == z_log
-    log_q = _log_softmax(_logits(logits_ptr, row, exists, cols, CLASSES, REAL), z_max, z_log)
-    q = tl.exp(log_q)
+    b = _logits(logits_ptr, row, exists, cols, CLASSES, REAL) - z_max[:, None]
+    q = _softmax(b, z_log)
     z_y = tl.load(logits_ptr + row * CLASSES + y, mask=exists & usable, other=0.0).to(REAL)
     slope_q = _slope(cols, y, (z_y - z_max) - z_log, q)
 
@@ -412,15 +425,13 @@ def _rowloss_backward(
         w_log = tl.load(stats + 3, mask=exists, other=0.0)
         kl = tl.load(stats + 4, mask=exists, other=0.0)[:, None]
         usable &= w_log == w_log
-        log_p = _log_softmax(_logits(natural_ptr, row, exists, cols, CLASSES, REAL), w_max, w_log)
-        p = tl.exp(log_p)
+        a = _logits(natural_ptr, row, exists, cols, CLASSES, REAL) - w_max[:, None]
+        p = _softmax(a, w_log)
         beta = tl.full((1, 1), 1.0 if KIND == 3 else beta, REAL)
         w_y = tl.load(natural_ptr + row * CLASSES + y, mask=exists & usable, other=0.0).to(REAL)
         log_p_y = (w_y - w_max) - w_log
         slope_p = _slope(cols, y, log_p_y, p)
-        if KIND == 2:
-            log_q = _log_with_floor(q, log_q)
-        to_natural = beta * tl.where(p == 0.0, 0.0, p * ((log_p - log_q) - kl))
+        to_natural = beta * tl.where(p == 0.0, 0.0, p * (_log_ratio(a, b, z_log, w_log, KIND) - kl))
         if KIND == 2:
             rival = tl.load(stats + 5, mask=exists, other=0.0).to(tl.int32)
             overlap = tl.load(stats + 6, mask=exists, other=0.0)[:, None]
@@ -430,7 +441,7 @@ def _rowloss_backward(
             pull = (tl.exp(log_q_rival) / _margin(log_q_rival))[:, None]
             doubt = _doubt(log_p_y)[:, None]
             to_logits = pull * _slope(cols, rival, log_q_rival, q) - slope_q
-            to_logits += beta * doubt * (q * overlap - p * (q / (q + FLOOR)))
+            to_logits += beta * doubt * (q * overlap - _shared(p, q))
             to_natural = doubt * to_natural - beta * kl * tl.exp(log_p_y)[:, None] * slope_p
         else:
             to_logits = beta * (q - p)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armor.library import COSTLY, dense_like, real
+from armor.library import COSTLY, dense_like, forgiven, real
 from armor_kernels.launch import device_guard
 
 HELD = 65536  # bytes of the largest sample that one program keeps in registers, in the dtype it computes in
@@ -142,7 +142,7 @@ def transport_cost(
                 power,
                 lo,
                 hi,
-                torch.finfo(x.dtype).eps,
+                forgiven(x.dtype),
                 KIND=kind,
                 NORM={0: 0, 1: 2, 2: 1, 5: 0}.get(kind, norm),
                 **_geometry(layout),

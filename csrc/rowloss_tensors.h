@@ -47,7 +47,8 @@ struct __attribute__((visibility("hidden"))) RowlossInputs {
     STD_TORCH_CHECK(logits.dim() > 0, "armor::rowloss: logits must have the classes as their last dimension");
     const int64_t last = logits.dim() - 1;
     classes = logits.size(last);
-    STD_TORCH_CHECK(classes >= (settings.kind == Loss::mart ? 2 : 1), "armor::rowloss: too few classes: ", classes);
+    STD_TORCH_CHECK(classes >= (settings.kind == Loss::mart ? 2 : 1) && classes <= INT32_MAX,
+                    "armor::rowloss: this kind cannot have ", classes, " classes");
     bool fits = target.dim() == last;
     for (int64_t i = 0; fits && i < last; ++i) {
       shape.push_back(logits.size(i));
@@ -63,7 +64,9 @@ struct __attribute__((visibility("hidden"))) RowlossInputs {
     natural = same_as_logits(*natural_in);
   }
 
-  ScalarType real() const { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+  ScalarType real() const {
+    return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
 
   Tensor per_row(int64_t width = 0) const {
     std::vector<int64_t> sizes = shape;

@@ -36,7 +36,7 @@ ARMOR_INLINE To bits_of(From from) {
   return to;
 }
 
-// ---- memory ---------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 template <class Vec, class T>
 ARMOR_INLINE Vec read(const T* from) {
@@ -78,7 +78,7 @@ ARMOR_INLINE void store(Half* to, Floats v) {
   std::memcpy(to, &out, sizeof out);
 }
 
-// ---- over the lanes ---------------------------------------------------------------------------------------------------
+// ---- over the lanes -----------------------------------------------------------------------------------------------
 
 template <class Vec>
 ARMOR_INLINE Vec max(Vec a, Vec b) {
@@ -87,8 +87,8 @@ ARMOR_INLINE Vec max(Vec a, Vec b) {
 
 ARMOR_INLINE Doubles widened(Doubles v) { return v; }
 ARMOR_INLINE Doubles widened(Floats v) {
-  typedef float Half __attribute__((vector_size(32)));
-  Half parts[2];
+  typedef float Part __attribute__((vector_size(32)));
+  Part parts[2];
   std::memcpy(parts, &v, sizeof v);
   return __builtin_convertvector(parts[0], Doubles) + __builtin_convertvector(parts[1], Doubles);
 }
@@ -118,7 +118,7 @@ ARMOR_INLINE int64_t smallest(typename Lanes<R>::Mask v) {
   return folded<Index, Lanes<R>::kCount>(v, [](auto a, auto b) ARMOR_INLINE_LAMBDA { return a < b ? a : b; });
 }
 
-// ---- functions --------------------------------------------------------------------------------------------------------
+// ---- functions ----------------------------------------------------------------------------------------------------
 
 // factor * exp(x) for x <= 0; exp is 2^n times a polynomial in r = x - n log 2, to 1 ulp. Below -87 it is zero. The
 // factor is inside the selection, where no compiler fuses it into a subtraction that follows: equals must cancel.

@@ -95,7 +95,7 @@ struct RowlossLoops {
     for (int64_t k = 0; k < length; k += kBlock) body(k, std::min(length, k + kBlock));
   }
 
-  // ---- forward -------------------------------------------------------------------------------------------------------
+  // ---- forward ----------------------------------------------------------------------------------------------------
 
   template <Loops kLoops>
   static void losses_of(const Rowlosses<L, R>& all, int64_t begin, int64_t end) {
@@ -190,7 +190,7 @@ struct RowlossLoops {
     return {lanes::total(kl), lanes::total(shared)};
   }
 
-  // ---- Terms of armor/rowloss.h, a vector of classes at a time ---------------------------------------------------------
+  // ---- Terms of armor/rowloss.h, a vector of classes at a time ----------------------------------------------------
 
   static constexpr bool has_natural(Loops loops) { return loops == Loops::kl || loops == Loops::mart; }
 
@@ -226,7 +226,7 @@ struct RowlossLoops {
     return t;
   }
 
-  // ---- backward ------------------------------------------------------------------------------------------------------
+  // ---- backward ---------------------------------------------------------------------------------------------------
 
   template <Loops kLoops, bool kNatural>
   static void gradients_of(const RowlossGradients<L, R>& all, int64_t begin, int64_t end) {
@@ -253,7 +253,8 @@ struct RowlossLoops {
         if constexpr (kNatural) std::memcpy(to_w, short_w, sizeof(L) * row.classes);
       }
       write_one(row, s, stats, slopes, row.target, to_z, to_w);
-      if constexpr (kLoops == Loops::mart) write_one(row, s, stats, slopes, static_cast<int64_t>(stats.rival), to_z, to_w);
+      if constexpr (kLoops == Loops::mart)
+        write_one(row, s, stats, slopes, static_cast<int64_t>(stats.rival), to_z, to_w);
     }
   }
 

@@ -89,8 +89,9 @@ int dtype_index(ScalarType dtype) {
   }
 }
 
-double epsilon(ScalarType dtype) {
-  constexpr double of[] = {0x1p-10, 0x1p-7, 0x1p-23, 0x1p-52};
+// The relative rounding of an entry that a ball forgives; float64 has no wider type to compute its steps in.
+double forgiven(ScalarType dtype) {
+  constexpr double of[] = {0x1p-10, 0x1p-7, 0x1p-23, 0x1p-48};
   return of[dtype_index(dtype)];
 }
 
@@ -413,7 +414,7 @@ Tensor cost_op(const Tensor& x_adv_in, const Tensor& x_in, const Maybe& radii_in
     const Batch<R> clean(x, layout), here(x_adv, layout);
     const PerSample<R> radii(radii_in, layout);
     Sample<R> rule = rule_of<R>(layout, radius, weight, power, kind < 3 ? ball_norm[kind] : norm, lo, hi);
-    rule.slack = epsilon(x.scalar_type()) * growth[kind];
+    rule.slack = forgiven(x.scalar_type()) * growth[kind];
     for_samples<R>(layout, [&](int64_t b, const Scratch<R>& scratch) {
       Sample<R> s = rule;
       s.x_adv = here.read(b, scratch[kXAdv]), s.x = clean.read(b, scratch[kX]);

@@ -330,7 +330,7 @@ struct SampleLoops {
       if (!(theta > 0.0 ? std::fabs(excess) > kTolerance * radius : excess > 0.0)) return theta;
       (excess > 0.0 ? low : high) = theta;
       const double newton = theta + excess / at.active;
-      if (newton == theta) return theta;
+      if (newton == theta) return excess > 0.0 ? std::nextafter(theta, high) : theta;
       theta = newton > low && newton < high ? newton : 0.5 * (low + high);
       if (!(theta > low && theta < high)) break;
     }

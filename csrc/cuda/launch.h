@@ -30,7 +30,7 @@ inline int processors(const Tensor& t) {
   return count;
 }
 
-// Blocks for `work` groups of which a block holds `per_block`; kernels loop, so that more than a few waves gain nothing.
+// Blocks for `work` groups of which a block holds `per_block`. Kernels loop, so more than a few waves gain nothing.
 inline unsigned blocks_for(const Tensor& t, int64_t work, int64_t per_block) {
   return static_cast<unsigned>(std::min(int64_t{32} * processors(t), (work + per_block - 1) / per_block));
 }

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _print(name: str, text: str) -> None:
-    print(f"{name:<22} {text}")
+    print(f"{name:<24} {text}")
 
 
 def _version(distribution: str) -> str:

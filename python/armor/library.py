@@ -171,6 +171,11 @@ def _(x_adv: Tensor, x: Tensor, *_: Any) -> Tensor:
 COSTLY = (3, 4)  # transport kinds that are costs (norm_power, soft_ball); the others are sets
 
 
+def forgiven(dtype: torch.dtype) -> float:
+    """The relative rounding of an entry that a ball forgives; float64 has no wider type to compute its steps in."""
+    return torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+
+
 def dense_like(x: Tensor, *others: Tensor) -> Tensor:
     """An empty tensor like x in the layout of a transport: channels_last if all are, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())

@@ -9,7 +9,7 @@
 //   resident, too much shared memory: launch() throws a std::runtime_error that names the thread and the line;
 // - accesses out of the bounds of global or shared memory, with -fsanitize=address; misaligned ones and other
 //   undefined behaviour, with -fsanitize=undefined.
-// What it cannot show: speed and registers; values as nvcc computes them (it contracts a * b + c, and has another libm);
+// What it cannot show: speed and registers; values as nvcc computes them (it contracts a * b + c and has another libm);
 // reorderings that a GPU's weak memory model allows and that no data race betrays; code that nvcc rejects.
 //
 // Launches are one-dimensional and one at a time, warp functions take full masks, and shared memory is static: kernels
@@ -596,8 +596,9 @@ struct __nv_bfloat16 {
 
 inline float __half2float(__half x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  const float units = static_cast<float>(mantissa + (exponent ? 1024 : 0));
   float magnitude = mantissa ? NAN : HUGE_VALF;
-  if (exponent < 31) magnitude = std::ldexp(static_cast<float>(mantissa + (exponent ? 1024 : 0)), std::max(exponent, 1) - 25);
+  if (exponent < 31) magnitude = std::ldexp(units, std::max(exponent, 1) - 25);
   return x.bits >> 15 ? -magnitude : magnitude;
 }
 

@@ -15,7 +15,7 @@ extern "C" {
                   {static_cast<cuemu::Order>(order), seed, static_cast<unsigned>(resident)}};                          \
     const LossSettings settings{static_cast<Loss>(kind), beta, smoothing, ignore_index};                               \
     const Rowlosses<L, T> all{logits, natural, target, losses, stats, rows, classes, settings};                        \
-    return shim::report([&] { how.launch(rowloss<L, T>, all); });                                                      \
+    return report([&] { how.launch(rowloss<L, T>, all); });                                                            \
   }                                                                                                                    \
   const char* rowloss_backward_##L(int blocks, int order, uint64_t seed, int resident, const T* grad,                  \
                                    const T* weights, const L* logits, const L* natural, const int64_t* target,         \
@@ -26,7 +26,7 @@ extern "C" {
     const LossSettings settings{static_cast<Loss>(kind), beta, smoothing, ignore_index};                               \
     const RowlossGradients<L, T> all{grad,      weights,    logits, natural, target,  stats,                           \
                                      to_logits, to_natural, rows,   classes, samples, settings};                       \
-    return shim::report([&] { how.launch(rowloss_backward<L, T>, all); });                                             \
+    return report([&] { how.launch(rowloss_backward<L, T>, all); });                                                   \
   }                                                                                                                    \
   const char* rowloss_dual_##L(int groups, int blocks, int order, uint64_t seed, const L* logits, const L* natural,    \
                                const int64_t* target, const T* costs, T* losses, T* stats, T* value, T* lam, T* nu,    \
@@ -35,9 +35,9 @@ extern "C" {
     const How how{static_cast<unsigned>(blocks), {static_cast<cuemu::Order>(order), seed}};                            \
     const LossSettings settings{static_cast<Loss>(kind), beta, smoothing, kIgnoreNothing};                             \
     const Rowlosses<L, T> all{logits, natural, target, losses, stats, rows * n, classes, settings};                    \
-    const Rows<T> solved{losses, costs,  nullptr, value, lam, nu, weights,                                             \
-                         status, passes, rows,    n,     dual_settings(divergence, alpha, radius, sizeof(T) == 8, costs)}; \
-    return shim::report([&] { solve(how, static_cast<Groups>(groups), all, solved); });                                \
+    const Settings dual = dual_settings(divergence, alpha, radius, sizeof(T) == 8, costs);                             \
+    const Rows<T> solved{losses, costs, nullptr, value, lam, nu, weights, status, passes, rows, n, dual};              \
+    return report([&] { solve(how, static_cast<Groups>(groups), all, solved); });                                      \
   }
 
 EXPORT(__half, float)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armor.library import dense_like
+from armor.library import dense_like, forgiven
 
 LINF, L2, L1, NORM_POWER, SOFT_BALL, BINARY = range(6)
 GAUSSIAN, CLEAN = 3, 4  # starts; 0 to 2 are uniform in the linf, l2 and l1 ball
@@ -146,7 +146,7 @@ def transport_cost(
             far = torch.zeros_like(r, dtype=torch.bool)
         else:
             largest = torch.maximum(moved.abs(), clean.abs()).amax(1) if n else r.new_zeros(r.shape)
-            slack = torch.finfo(x.dtype).eps * largest * {LINF: 1.0, L2: math.sqrt(n), L1: n}[kind]
+            slack = forgiven(x.dtype) * largest * {LINF: 1.0, L2: math.sqrt(n), L1: n}[kind]
             far = _norm(d, {LINF: 0, L2: 2, L1: 1}[kind]) > r + slack
         costs = torch.where(far | outside.any(1), math.inf, 0.0).double()
         costs = costs.masked_fill(d.isnan().any(1), math.nan)
