@@ -411,7 +411,6 @@ def _rowloss_backward(
     stats = stats_ptr + row * COLUMNS
     z_max = tl.load(stats, mask=exists, other=0.0)
     z_log = tl.load(stats + 1, mask=exists, other=0.0)
-    usable &= z_log == z_log
     b = _logits(logits_ptr, row, exists, cols, CLASSES, REAL) - z_max[:, None]
     q = _softmax(b, z_log)
     z_y = tl.load(logits_ptr + row * CLASSES + y, mask=exists & usable, other=0.0).to(REAL)
@@ -423,15 +422,15 @@ def _rowloss_backward(
     else:
         w_max = tl.load(stats + 2, mask=exists, other=0.0)
         w_log = tl.load(stats + 3, mask=exists, other=0.0)
-        kl = tl.load(stats + 4, mask=exists, other=0.0)[:, None]
-        usable &= w_log == w_log
+        kl = tl.load(stats + 4, mask=exists, other=0.0)
+        usable &= kl == kl
         a = _logits(natural_ptr, row, exists, cols, CLASSES, REAL) - w_max[:, None]
         p = _softmax(a, w_log)
         beta = tl.full((1, 1), 1.0 if KIND == 3 else beta, REAL)
         w_y = tl.load(natural_ptr + row * CLASSES + y, mask=exists & usable, other=0.0).to(REAL)
         log_p_y = (w_y - w_max) - w_log
         slope_p = _slope(cols, y, log_p_y, p)
-        to_natural = beta * tl.where(p == 0.0, 0.0, p * (_log_ratio(a, b, z_log, w_log, KIND) - kl))
+        to_natural = beta * tl.where(p == 0.0, 0.0, p * (_log_ratio(a, b, z_log, w_log, KIND) - kl[:, None]))
         if KIND == 2:
             rival = tl.load(stats + 5, mask=exists, other=0.0).to(tl.int32)
             overlap = tl.load(stats + 6, mask=exists, other=0.0)[:, None]
@@ -442,7 +441,7 @@ def _rowloss_backward(
             doubt = _doubt(log_p_y)[:, None]
             to_logits = pull * _slope(cols, rival, log_q_rival, q) - slope_q
             to_logits += beta * doubt * (q * overlap - _shared(p, q))
-            to_natural = doubt * to_natural - beta * kl * tl.exp(log_p_y)[:, None] * slope_p
+            to_natural = doubt * to_natural - beta * (kl * tl.exp(log_p_y))[:, None] * slope_p
         else:
             to_logits = beta * (q - p)
         if KIND == 1:

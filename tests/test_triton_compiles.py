@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from armor_kernels import dual as dual_kernels  # noqa: E402
+from armor_kernels import rowloss as rowloss_kernels  # noqa: E402
 from armor_kernels import transport as transport_kernels  # noqa: E402
 from armor_kernels.launch import block_of  # noqa: E402
 
@@ -214,3 +215,45 @@ def test_cost_compiles(step, tmp_path):
         compiled = compile_transport(target, transport_kernels._cost, CIFAR, KIND=kind, NORM=norm)
         assert spilled_bytes(compiled, target, tmp_path) == 0
         assert vector_accesses(compiled, target)[0] == (4 if target is GFX942 else 8)
+
+
+# ---- rowloss --------------------------------------------------------------------------------------------------------
+
+
+def compile_rowloss(target, kernel, classes, dtype, **constants):
+    """The kernel for rows of that many classes and logits of `dtype`, with every output that its kind has."""
+    real = "fp64" if dtype == "fp64" else "fp32"
+    rows, block, warps = rowloss_kernels.tile_of(classes, 8 if real == "fp64" else 4)
+    constants |= {"CLASSES": classes, "ROWS": rows, "BLOCK": block, "COLUMNS": rowloss_kernels.STATS[constants["KIND"]]}
+    types = {name: f"*{real}" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {name: f"*{dtype}" for name in types if name.endswith(("logits_ptr", "natural_ptr"))}
+    integers = {"target_ptr": "*i64", "rows": "i32", "n": "i32", "tiles": "i32", "ignore_index": "i64"}
+    types |= {name: integers[name] for name in kernel.arg_names if name in integers}
+    return compile_for(target, kernel, types, constants, num_warps=warps)
+
+
+# Several rows to a program, one row, and a row of many blocks, each where it needs most registers.
+@pytest.mark.parametrize(("classes", "dtype"), [(10, "fp32"), (4096, "fp32"), (50_000, "fp16"), (50_000, "fp64")])
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["ce", "trades", "mart"])
+@on_every_target
+def test_rowloss_compiles(target, kind, classes, dtype, tmp_path):
+    constants = {"KIND": kind, "SMOOTH": kind == 0}
+    compiled = compile_rowloss(target, rowloss_kernels._rowloss, classes, dtype, **constants)
+    # ptxas gives up one register where another block fits on a multiprocessor for it.
+    assert spilled_bytes(compiled, target, tmp_path) <= 8
+    constants = {"KIND": kind, "WEIGHTED": True, "NATURAL_GRAD": kind > 0}
+    compiled = compile_rowloss(target, rowloss_kernels._rowloss_backward, classes, dtype, **constants)
+    assert spilled_bytes(compiled, target, tmp_path) <= 8
+
+
+# A thread holds 8 logits: one load of bfloat16 and two of float32. More would mean that a row is read twice.
+@pytest.mark.parametrize(("classes", "dtype", "per_tensor"), [(1000, "bf16", 1), (1000, "fp32", 2), (4096, "fp32", 2)])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3], ids=["ce", "trades", "mart", "kl"])
+@pytest.mark.parametrize("target", TARGETS[:4], ids=lambda target: str(target.arch))
+def test_rowloss_reads_logits_once_and_wide(target, kind, classes, dtype, per_tensor):
+    tensors = 1 if kind == 0 else 2
+    compiled = compile_rowloss(target, rowloss_kernels._rowloss, classes, dtype, KIND=kind, SMOOTH=kind == 0)
+    assert vector_accesses(compiled, target) == (tensors * per_tensor, 0)
+    constants = {"KIND": kind, "WEIGHTED": True, "NATURAL_GRAD": kind > 0}
+    compiled = compile_rowloss(target, rowloss_kernels._rowloss_backward, classes, dtype, **constants)
+    assert vector_accesses(compiled, target) == (tensors * per_tensor, tensors * per_tensor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armor.library import real
 from armor.ops import check
-from armor.ops.rowloss import cross_entropy, kl_loss, mart_loss
+from armor.ops.rowloss import CE, KL, MART, FixedLoss
 from armor.ops.transport import (
     L1,
     L2,
@@ -29,14 +29,12 @@ from armor.ops.transport import (
     check_box,
     check_cost,
     draw_seeds,
-    normalizer,
     price,
+    stepper,
     transport_init,
-    transport_step,
 )
 
 Model = Callable[[Tensor], Tensor]
-Objective = Callable[[Tensor], Tensor]
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 LOSSES = ("ce", "kl", "mart", "margin")
 
@@ -155,9 +153,9 @@ class Transport:
         x = x.detach()
         if seeds is None and self._is_random:
             seeds = draw_seeds(x, generator)
-        normalize = None if self.normalize is None else normalizer(self.normalize, x)
-        fixed: dict[str, Any] = {"box": self.box, "normalize": normalize, "feed_dtype": self.feed_dtype}
-        mu = price(mu, self.cost, x)
+        fixed: dict[str, Any] = {"box": self.box, "normalize": self.normalize, "feed_dtype": self.feed_dtype}
+        step_size, targeted, mu = self.step_size, self.targeted, price(mu, self.cost, x)
+        move = stepper(x, self.cost, step_size=step_size, mu=mu, targeted=targeted, **fixed)
         if x.numel() == 0:
             nothing = x.new_empty(x.shape[0], dtype=real(x))
             costs = nothing if self.cost.rule().is_cost else None
@@ -169,7 +167,9 @@ class Transport:
                 clean = transport_init(x, self.cost, start="clean", **fixed)
                 worst = self._judged(model, objective, Step(clean.x_adv, clean.status, None, clean.feed), y, mu)
             for restart in range(self.restarts):
-                found = self._ascend(model, objective, x, y, mu, None if seeds is None else seeds + restart, fixed)
+                own = seeds if seeds is None or restart == 0 else seeds + restart
+                start = transport_init(x, self.cost, start=self.start, sigma=self.sigma, seeds=own, **fixed)
+                found = self._ascend(model, objective, move, start, y, own)
                 if self.restarts == 1 and worst is None:
                     return Result(found.x_adv, found.costs, None, found.status)
                 judged = self._judged(model, objective, found, y, mu)
@@ -185,63 +185,42 @@ class Transport:
         self,
         model: Model,
         objective: Objective,
-        x: Tensor,
+        move: Callable[..., Step],
+        start: Start,
         y: Tensor,
-        mu: Tensor | None,
         seeds: Tensor | None,
-        fixed: dict[str, Any],
     ) -> Step:
         """One ascent from one start; the step returned is the last, with the status of all."""
-        start = transport_init(x, self.cost, start=self.start, sigma=self.sigma, seeds=seeds, **fixed)
-        now, active, ones = Step(start.x_adv, start.status, None, start.feed), None, None
+        now, active = Step(start.x_adv, start.status, None, start.feed), None
         for step in range(self.steps):
-            eaten = _eaten(now).detach().requires_grad_()
+            eaten, status = _eaten(now).detach().requires_grad_(), now.status
             with torch.enable_grad():
                 logits = model(eaten)
-                losses = objective(logits)
-            if self.early_stop:
-                standing = ~self._fooled(logits.detach(), y)
-                active = standing if active is None else active & standing
-            ones = torch.ones_like(losses) if ones is None else ones
-            (grad,) = torch.autograd.grad(losses, eaten, ones)
-            status = now.status
-            now = transport_step(
-                now.x_adv,
-                grad,
-                x,
-                self.cost,
-                step_size=self.step_size,
-                mu=mu,
-                targeted=self.targeted,
-                active=active,
-                final=step == self.steps - 1,
-                seeds=seeds if isinstance(self.cost, Binary) else None,
-                **fixed,
-            )
+                if self.early_stop:
+                    standing = ~self._fooled(logits.detach(), y)
+                    active = standing if active is None else active & standing
+                (grad,) = torch.autograd.grad(logits, eaten, objective.slope(logits.detach()))
+            now = move(now.x_adv, grad, active, step == self.steps - 1, seeds)
             now = now._replace(status=now.status | status)
         return now
 
     def _objective(self, model: Model, x: Tensor, y: Tensor, fixed: dict[str, Any]) -> Objective:
-        """logits -> losses [B]. What depends on the natural samples alone is computed here, once."""
+        """The loss and its slope. What depends on the natural samples alone is computed here, once."""
         if self.loss == "ce":
-            return lambda logits: cross_entropy(logits, y)
+            return FixedLoss(CE, y)
         if self.loss == "margin":
-            return lambda logits: margin(logits, y)
+            return _OwnLoss(margin, y)
         if callable(self.loss):
-            own = self.loss
-            return lambda logits: own(logits, y)
+            return _OwnLoss(self.loss, y)
         with torch.no_grad():
-            start = transport_init(x, self.cost, start="clean", **fixed)
-            natural = model(_eaten(start))
-        if self.loss == "kl":
-            return lambda logits: kl_loss(natural, logits)
-        return lambda logits: mart_loss(natural, logits, y, beta=self.beta)
+            natural = model(_eaten(transport_init(x, self.cost, start="clean", **fixed)))
+        return FixedLoss(KL if self.loss == "kl" else MART, y, natural, self.beta)
 
     @torch.no_grad()
     def _judged(self, model: Model, objective: Objective, found: Step, y: Tensor, mu: Tensor | None) -> _Candidate:
         """What the model makes of the samples found."""
         logits = model(_eaten(found))
-        losses = objective(logits)
+        losses = objective.losses(logits)
         score, fooled = -losses if self.targeted else losses, self._fooled(logits, y)
         if found.costs is not None:  # what is sought is the largest objective, not success
             score, fooled = score - (found.costs if mu is None else mu * found.costs), torch.zeros_like(fooled)
@@ -249,6 +228,24 @@ class Transport:
 
     def _fooled(self, logits: Tensor, y: Tensor) -> Tensor:
         return (logits.argmax(1) == y) == self.targeted
+
+
+class _OwnLoss:
+    """A function of (logits, y) in the place of a `FixedLoss`."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> None:
+        self.loss, self.y = loss, y
+
+    def losses(self, logits: Tensor) -> Tensor:
+        return self.loss(logits, self.y)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        logits = logits.requires_grad_()
+        losses = self.loss(logits, self.y)
+        return torch.autograd.grad(losses, logits, torch.ones_like(losses))[0]
+
+
+Objective = FixedLoss | _OwnLoss
 
 
 class _Candidate(NamedTuple):

@@ -184,6 +184,32 @@ _rowloss_backward = first_order(
 )
 
 
+class FixedLoss:
+    """A loss of this file with everything but the adversarial logits fixed: `losses` of them, and `slope`, the gradient
+    of the sum of the losses in them. Neither makes a graph: an attack has no use for one."""
+
+    def __init__(self, kind: int, target: Tensor, natural: Tensor | None = None, beta: float = 0.0) -> None:
+        self.target, self.natural, self.settings = target, natural, (kind, beta, 0.0, NOTHING)
+        self.ones: Tensor | None = None
+
+    def losses(self, logits: Tensor) -> Tensor:
+        return self._evaluate(logits)[0]
+
+    def slope(self, logits: Tensor) -> Tensor:
+        losses, stats = self._evaluate(logits)
+        if self.ones is None:
+            self.ones = torch.ones_like(losses)
+        return torch.ops.armor.rowloss_backward.default(
+            self.ones, None, logits, self.target, self.natural, stats, *self.settings, False
+        )[0]
+
+    def _evaluate(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ones is None:  # the first time
+            given = {"logits": logits} if self.natural is None else {"natural logits": self.natural, "logits": logits}
+            _check_logits(given, self.target, 2 if self.settings[0] == MART else 1)
+        return torch.ops.armor.rowloss.default(logits, self.target, self.natural, *self.settings)
+
+
 # ---- armor::rowloss_dual -------------------------------------------------------------------------------------------
 
 

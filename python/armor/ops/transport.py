@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any, NamedTuple
@@ -224,7 +224,7 @@ def transport_init(
     x_adv, status, feed = torch.ops.armor.transport_init.default(
         x.detach(), None if code == CLEAN else seeds, radii, mean, std, code, radius, lo, hi, feed_dtype
     )
-    refuse_outside(x, lo, hi, status)
+    refuse_outside(x, box, status)
     return Start(x_adv, status, feed if _feeds(normalize, feed_dtype) else None)
 
 
@@ -261,47 +261,60 @@ def transport_step(
 
     Raises: TypeError, ValueError, as `transport_init`.
     """
-    rule, (lo, hi) = _checked(x, cost, box)
+    step = stepper(
+        x,
+        cost,
+        step_size=step_size,
+        mu=mu,
+        box=box,
+        targeted=targeted,
+        normalize=normalize,
+        feed_dtype=feed_dtype,
+    )
     for name, tensor in (("x_adv", x_adv), ("grad", grad)):
         check.tensor(name, tensor)
         check.matches(name, tensor, "x", x)
     if x_adv.dtype != x.dtype:
         raise TypeError(f"x_adv must have the dtype of x ({x.dtype}), got {x_adv.dtype}")
-    step_size = check.number("step_size", step_size, above=0.0)
-    check.flag("targeted", targeted)
     check.flag("final", final)
     if active is not None:
         _check_mask(active, x)
+    moved = step(x_adv.detach(), grad.detach(), active, final, None if seeds is None else _check_seeds(seeds, x))
+    refuse_outside(x, box, moved.status)
+    return moved
+
+
+def stepper(
+    x: Tensor,
+    cost: Cost,
+    *,
+    step_size: float,
+    mu: Tensor | float | None,
+    box: tuple[float, float],
+    targeted: bool,
+    normalize: Normalize | None,
+    feed_dtype: torch.dtype | None,
+) -> Callable[[Tensor, Tensor, Tensor | None, bool, Tensor | None], Step]:
+    """`transport_step` with all that stays the same in an attack checked and prepared once.
+
+    What it returns, (x_adv, grad, active, final, seeds) -> Step, checks nothing and looks at no value.
+    """
+    rule, (lo, hi) = _checked(x, cost, box)
     radius, radii = rule.radii(x)
     mean, std = normalizer(normalize, x)
     _check_feed(feed_dtype)
-    x_next, status, costs, feed = torch.ops.armor.transport_step.default(
-        x_adv.detach(),
-        grad.detach(),
-        x.detach(),
-        price(mu, cost, x),
-        radii,
-        active,
-        None if seeds is None else _check_seeds(seeds, x),
-        mean,
-        std,
-        rule.kind,
-        radius,
-        step_size,
-        rule.weight,
-        rule.power,
-        rule.norm,
-        rule.variant,
-        lo,
-        hi,
-        targeted,
-        final,
-        feed_dtype,
-    )
-    refuse_outside(x, lo, hi, status)
-    return Step(
-        x_next, status, costs if final and rule.is_cost else None, feed if _feeds(normalize, feed_dtype) else None
-    )
+    check.flag("targeted", targeted)
+    size = check.number("step_size", step_size, above=0.0)
+    numbers = (rule.kind, radius, size, rule.weight, rule.power, rule.norm, rule.variant, lo, hi, targeted)
+    x, mu, feeds = x.detach(), price(mu, cost, x), _feeds(normalize, feed_dtype)
+
+    def step(x_adv: Tensor, grad: Tensor, active: Tensor | None, final: bool, seeds: Tensor | None) -> Step:
+        x_next, status, costs, feed = torch.ops.armor.transport_step.default(
+            x_adv, grad, x, mu, radii, active, seeds, mean, std, *numbers, final, feed_dtype
+        )
+        return Step(x_next, status, costs if final and rule.is_cost else None, feed if feeds else None)
+
+    return step
 
 
 def transport_cost(x_adv: Tensor, x: Tensor, cost: Cost, *, box: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -363,12 +376,12 @@ def draw_seeds(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randint(2**63 - 1, x.shape[:1], dtype=torch.int64, device=x.device, generator=generator)
 
 
-def refuse_outside(x: Tensor, lo: float, hi: float, status: Tensor) -> None:
+def refuse_outside(x: Tensor, box: tuple[float, float], status: Tensor) -> None:
     """ValueError for an x outside the box, where looking costs no synchronisation: on the CPU."""
     if not check.readable(x) or not (status & TransportStatus.OUTSIDE).any():
         return
     least, most = torch.aminmax(x.detach())
-    raise ValueError(f"x must lie in box=({lo:g}, {hi:g}), got values from {least.item():g} to {most.item():g}")
+    raise ValueError(f"x must lie in box=({box[0]:g}, {box[1]:g}), got values from {least.item():g} to {most.item():g}")
 
 
 class _TransportCost(torch.autograd.Function):
