@@ -1255,7 +1255,7 @@ MISTAKES = [
     (("init", "step"), {"x": X - 1}, ValueError, r"x must lie in box=\(0, 1\), got values from -0.5"),
     (("init", "step"), {"x": torch.full((2, 3), nan)}, ValueError, r"x must lie in box=\(0, 1\), got .*nan"),
     (("init", "step"), {"x": X, "box": (0.0, 0.25)}, ValueError, r"x must lie in box=\(0, 0.25\), got .*0.5"),
-    (("init", "step"), {"x": X, "cost": Binary(), "start": "clean"}, ValueError, r"x must be 0 or 1 .*0.5"),
+    (("init",), {"x": X, "cost": Binary(), "start": "clean"}, ValueError, r"x must be 0 or 1 .*0.5"),
     (EVERY, {"x": X.round(), "cost": Binary(), "box": (0.0, 2.0)}, ValueError, r"box must be \(0, 1\) for Binary.*2.0"),
     # starts
     (("init",), {"start": "random"}, ValueError, r"start must be .*'random'"),

@@ -208,6 +208,10 @@ def transport_init(
     the sample gets `TransportStatus.OUTSIDE`.
     """
     rule, (lo, hi) = _checked(x, cost, box)
+    if rule.kind == BINARY and check.readable(x):
+        odd = x.detach()[(x != 0) & (x != 1)]
+        if odd.numel():
+            raise ValueError(f"x must be 0 or 1 everywhere for Binary, got {odd[0].item():g}")
     check.choice("start", start, ("uniform", "gaussian", "clean"))
     radius, radii = rule.radii(x)
     code = CLEAN
@@ -378,7 +382,7 @@ def draw_seeds(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def refuse_outside(x: Tensor, box: tuple[float, float], status: Tensor) -> None:
     """ValueError for an x outside the box, where looking costs no synchronisation: on the CPU."""
-    if not check.readable(x) or not (status & TransportStatus.OUTSIDE).any():
+    if not check.readable(x) or not status.any() or not (status & TransportStatus.OUTSIDE).any():
         return
     least, most = torch.aminmax(x.detach())
     raise ValueError(f"x must lie in box=({box[0]:g}, {box[1]:g}), got values from {least.item():g} to {most.item():g}")
@@ -435,13 +439,8 @@ def _checked(x: Tensor, cost: Cost, box: tuple[float, float]) -> tuple[Rule, tup
         raise ValueError("x must have a batch dimension, got a scalar")
     check_cost(cost)
     lo, hi = (_rounded(bound, x.dtype) for bound in check_box(box))
-    if isinstance(cost, Binary):
-        if (lo, hi) != (0.0, 1.0):
-            raise ValueError(f"box must be (0, 1) for Binary, got {box!r}")
-        if check.readable(x):
-            odd = x.detach()[(x != 0) & (x != 1)]
-            if odd.numel():
-                raise ValueError(f"x must be 0 or 1 everywhere for Binary, got {odd[0].item():g}")
+    if isinstance(cost, Binary) and (lo, hi) != (0.0, 1.0):
+        raise ValueError(f"box must be (0, 1) for Binary, got {box!r}")
     return cost.rule(), (lo, hi)
 
 
