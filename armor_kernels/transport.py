@@ -400,12 +400,13 @@ def _cost_of(sums, weight, power, KIND: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _read(sample, start, R: tl.constexpr, TARGETED: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """(here, x_adv, g, x) of a block, 0 beyond the sample; g is the gradient by x_adv along which to ascend."""
-    a_ptr, grad_ptr, x_ptr, scale_ptr, n, channels, spatial, active = sample
+    """(here, x_adv, g, x) of a block, 0 beyond the sample; g is the gradient by x_adv along which to ascend, of which the
+    first `followed` entries are read."""
+    a_ptr, grad_ptr, x_ptr, scale_ptr, n, channels, spatial, followed = sample
     i = start + tl.arange(0, BLOCK)
     here = i < n
     a = tl.load(a_ptr + i, mask=here, other=0.0).to(R)
-    g = tl.load(grad_ptr + i, mask=here & active, other=0.0).to(R)
+    g = tl.load(grad_ptr + i, mask=i < followed, other=0.0).to(R)
     x = tl.load(x_ptr + i, mask=here, other=0.0).to(R)
     if scale_ptr is not None:
         g = tl.div_rn(g, tl.load(scale_ptr + _channel(i, channels, spatial, LAST), mask=here, other=1.0))
@@ -701,7 +702,7 @@ def _step(
         n,
         channels,
         spatial,
-        active,
+        tl.where(active, n, 0),
     )
     held = _read(sample, 0, R, TARGETED, LAST, BLOCK) if SINGLE else None
 
