@@ -400,8 +400,8 @@ def _cost_of(sums, weight, power, KIND: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _read(sample, start, R: tl.constexpr, TARGETED: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """(here, x_adv, g, x) of a block, 0 beyond the sample; g is the gradient by x_adv along which to ascend, of which the
-    first `followed` entries are read."""
+    """(here, x_adv, g, x) of a block, 0 beyond the sample; g is the gradient by x_adv along which to ascend. Of it the
+    first `followed` entries are read, all or none: to a mask Triton's interpreter cannot add the flag of a sample."""
     a_ptr, grad_ptr, x_ptr, scale_ptr, n, channels, spatial, followed = sample
     i = start + tl.arange(0, BLOCK)
     here = i < n
