@@ -156,14 +156,14 @@ def test_bare_install_on_cpu_only_torch(cpu_python, sources):
     pip_install(cpu_python, sources, ARMOR_CUDA="")
     smoke(cpu_python)
     said = report(cpu_python)
-    assert f"torch                  {CPU_TORCH} (CPU only)" in said
-    assert f"cuda (armor/_C_cuda)   missing; torch {CPU_TORCH} is not a CUDA build" in said
+    assert f"torch                    {CPU_TORCH} (CPU only)" in said
+    assert f"cuda (armor/_C_cuda)     missing; torch {CPU_TORCH} is not a CUDA build" in said
 
 
 def test_a_wheel_built_with_one_torch_runs_on_another(cpu_python, wheel):
     pip_install(cpu_python, "--force-reinstall", "--no-deps", wheel)
     smoke(cpu_python)
-    assert f"built with             torch {torch.__version__}" in report(cpu_python)
+    assert f"built with               torch {torch.__version__}" in report(cpu_python)
 
 
 def test_without_torch_one_sentence_says_what_to_do(tmp_path, sources):
@@ -223,5 +223,5 @@ def test_an_nvcc_shim_on_path_does_not_hide_the_toolkit(tmp_path, python, source
     pip_install(python, sources, ARMOR_CUDA="1", CUDA_HOME="", CUDA_PATH="", PATH=path, TORCH_CUDA_ARCH_LIST="9.0")
     (package,) = python.parent.parent.glob("lib/python*/site-packages/armor")
     assert json.loads((package / "_build.json").read_text())["architectures"] == "9.0"
-    assert "cuda (armor/_C_cuda)   available" in report(python)
+    assert "cuda (armor/_C_cuda)     available" in report(python)
     assert "cuda by cuda" in report(python)
