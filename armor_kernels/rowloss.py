@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from armor.library import IGNORE_NOTHING, ROWLOSS_STATS, real
 from armor_kernels.dual import _expm1, _log1p, dual
 from armor_kernels.launch import contiguous, device_guard
 
@@ -21,18 +22,19 @@ INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 FLOOR = tl.constexpr(1e-12)  # what MART adds to a probability before its logarithm,
 LOG_FLOOR = tl.constexpr(-27.631021115928547)
-NOTHING = -(2**63)  # the ignore_index that ignores no target
-STATS = (2, 5, 7, 5)  # columns by kind: max z, log sum exp(z - max z), the same two of w, KL, strongest wrong class, S
 
 
 def rowloss(
     logits: Tensor, target: Tensor, natural: Tensor | None, kind: int, beta: float, smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Losses [...] and stats [..., columns] of `logits` [..., classes]; float64 for float64 logits, else float32."""
+    """Losses [...] and stats [..., columns] of `logits` [..., classes]; float64 for float64 logits, else float32.
+
+    The columns, as far as the kind has them: max z, log sum exp(z - max z), the same two of w, KL, the strongest wrong
+    class, S.
+    """
     logits, target, natural = logits.contiguous(), target.contiguous(), contiguous(natural)
-    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses = logits.new_empty(logits.shape[:-1], dtype=real)
-    stats = logits.new_empty((*logits.shape[:-1], STATS[kind]), dtype=real)
+    losses = logits.new_empty(logits.shape[:-1], dtype=real(logits))
+    stats = logits.new_empty((*logits.shape[:-1], ROWLOSS_STATS[kind]), dtype=real(logits))
     classes = logits.shape[-1]
     rows, block, warps = tile_of(classes, losses.element_size())
     if losses.numel():
@@ -50,7 +52,7 @@ def rowloss(
                 KIND=kind,
                 SMOOTH=smoothing != 0.0,
                 CLASSES=classes,
-                COLUMNS=STATS[kind],
+                COLUMNS=ROWLOSS_STATS[kind],
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=warps,
@@ -99,7 +101,7 @@ def rowloss_backward(
                 WEIGHTED=weights is not None,
                 NATURAL_GRAD=natural_grad,
                 CLASSES=classes,
-                COLUMNS=STATS[kind],
+                COLUMNS=ROWLOSS_STATS[kind],
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=warps,
@@ -122,7 +124,7 @@ def rowloss_dual(
     max_dual: float,
 ) -> tuple[Tensor, ...]:
     """`rowloss` on logits [..., n, classes], then `dual` on the losses [..., n]: two launches."""
-    losses, stats = rowloss(logits, target, natural, kind, beta, smoothing, NOTHING)
+    losses, stats = rowloss(logits, target, natural, kind, beta, smoothing, IGNORE_NOTHING)
     value, lam, nu, weights, status, passes = dual(losses, costs, None, divergence, alpha, radius, kappa, max_dual)
     return value, losses, stats, lam, nu, weights, status, passes
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armor.library import COSTLY, dense_like, forgiven, real
-from armor_kernels.launch import device_guard
+from armor_kernels.launch import contiguous, device_guard
 
 HELD = 65536  # bytes of the largest sample that one program keeps in registers, in the dtype it computes in
 BLOCK = 4096  # elements that it reads at a time of a larger one
@@ -160,7 +160,7 @@ def _new_feed(x: Tensor, mean: Tensor | None, dtype: torch.dtype | None) -> Tens
 
 
 def _dense(*given: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in given]
+    return [contiguous(t) for t in given]
 
 
 def _in_layout_of(layout: Tensor, t: Tensor) -> Tensor:

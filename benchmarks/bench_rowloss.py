@@ -9,7 +9,8 @@ import functools
 import torch
 
 from armor import ops, reference
-from armor.reference.rowloss import CE, MART, NOTHING, TRADES
+from armor.library import IGNORE_NOTHING
+from armor.reference.rowloss import CE, MART, TRADES
 from benchmarks import measure, naive
 from benchmarks.measure import Case
 
@@ -83,7 +84,7 @@ def expected(loss, rows, n):
     logits, target = inputs(Case(loss, rows, n, "forward", "armor"))
     natural, adversarial = None if len(logits) == 1 else logits[0].double(), logits[-1].double()
     settings = SETTINGS[loss]
-    losses, _ = reference.rowloss(adversarial, target, natural, CODES[loss], BETA, 0.0, NOTHING)
+    losses, _ = reference.rowloss(adversarial, target, natural, CODES[loss], BETA, 0.0, IGNORE_NOTHING)
     if loss != "dc_trades":
         return losses
     scalars = (reference.KL, 1.0, settings["radius"], settings["kappa"], 1e6)

@@ -15,6 +15,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from armor.library import ROWLOSS_STATS  # noqa: E402
 from armor_kernels import dual as dual_kernels  # noqa: E402
 from armor_kernels import rowloss as rowloss_kernels  # noqa: E402
 from armor_kernels import transport as transport_kernels  # noqa: E402
@@ -225,7 +226,7 @@ def compile_rowloss(target, kernel, classes, dtype, **constants):
     """The kernel for rows of that many classes and logits of `dtype`, with every output that its kind has."""
     real = "fp64" if dtype == "fp64" else "fp32"
     rows, block, warps = rowloss_kernels.tile_of(classes, 8 if real == "fp64" else 4)
-    constants |= {"CLASSES": classes, "ROWS": rows, "BLOCK": block, "COLUMNS": rowloss_kernels.STATS[constants["KIND"]]}
+    constants |= {"CLASSES": classes, "ROWS": rows, "BLOCK": block, "COLUMNS": ROWLOSS_STATS[constants["KIND"]]}
     types = {name: f"*{real}" for name in kernel.arg_names if name.endswith("_ptr")}
     types |= {name: f"*{dtype}" for name in types if name.endswith(("logits_ptr", "natural_ptr"))}
     integers = {"target_ptr": "*i64", "rows": "i32", "n": "i32", "tiles": "i32", "ignore_index": "i64"}

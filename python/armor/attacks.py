@@ -28,6 +28,7 @@ from armor.ops.transport import (
     Step,
     check_box,
     check_cost,
+    check_start,
     draw_seeds,
     price,
     stepper,
@@ -102,9 +103,7 @@ class Transport:
         check.number("step_size", self.step_size, above=0.0)
         check.number("sigma", self.sigma, above=0.0)
         check.number("beta", self.beta, least=0.0)
-        check.choice("start", self.start, ("uniform", "gaussian", "clean"))
-        if self.start == "uniform" and isinstance(self.cost, (NormPower, Binary)):
-            raise ValueError(f"start must be 'gaussian' or 'clean' for {type(self.cost).__name__}, got 'uniform'")
+        check_start(self.cost, self.start)
         if not callable(self.loss):
             check.choice("loss", self.loss, LOSSES)
         if self.targeted and self.loss in ("kl", "mart"):

@@ -95,6 +95,7 @@ def _(
 
 # What the backward pass of a row loss remembers of a row, by kind: cross-entropy, TRADES, MART, KL.
 ROWLOSS_STATS = (2, 5, 7, 5)
+IGNORE_NOTHING = -(2**63)  # the ignore_index of a row loss that ignores no target
 
 
 @define(

@@ -13,8 +13,10 @@ from torch._subclasses import FakeTensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
-    """`value` as a finite float, at least `least` or greater than `above`."""
+def number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> float:
+    """`value` as a finite float, at least `least` or greater than `above`, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     number = float(value)
@@ -24,6 +26,8 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
         raise ValueError(f"{name} must be at least {least:g}, got {value!r}")
     if above is not None and number <= above:
         raise ValueError(f"{name} must be greater than {above:g}, got {value!r}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most:g}, got {value!r}")
     return number
 
 
@@ -57,6 +61,14 @@ def matches(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must have the shape of {other_name} {tuple(other.shape)}, got {tuple(value.shape)}")
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {value.device}")
+
+
+def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """A tensor with the shape, device and dtype of another argument."""
+    tensor(name, value)
+    matches(name, value, other_name, other)
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name} ({other.dtype}), got {value.dtype}")
 
 
 def readable(t: Tensor) -> bool:

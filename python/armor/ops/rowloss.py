@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armor.library import IGNORE_NOTHING, real
 from armor.ops import check
 from armor.ops.dual import DualResult, _family
 from armor.ops.function import differentiable, first_order
 
 CE, TRADES, MART, KL = range(4)
-NOTHING = -(2**63)  # the ignore_index that ignores no target
 
 
 def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> Tensor:
@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.
     smoothing = _smoothing(label_smoothing)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
-    _check_logits({"logits": logits}, target, 1, ignore_index)
+    _check_logits({"logits": logits}, target, CE, ignore_index)
     return _rowloss(logits, None, target, CE, 0.0, smoothing, ignore_index)[0]
 
 
@@ -45,8 +45,8 @@ def trades_loss(natural_logits: Tensor, adv_logits: Tensor, target: Tensor, *, b
     finite at every gap between them. Shapes, dtypes and errors as for `cross_entropy`; beta >= 0.
     """
     beta = check.number("beta", beta, least=0.0)
-    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, target, 1)
-    return _rowloss(adv_logits, natural_logits, target, TRADES, beta, 0.0, NOTHING)[0]
+    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, target, TRADES)
+    return _rowloss(adv_logits, natural_logits, target, TRADES, beta, 0.0, IGNORE_NOTHING)[0]
 
 
 def mart_loss(natural_logits: Tensor, adv_logits: Tensor, target: Tensor, *, beta: float = 6.0) -> Tensor:
@@ -58,8 +58,8 @@ def mart_loss(natural_logits: Tensor, adv_logits: Tensor, target: Tensor, *, bet
     Shapes, dtypes and errors as for `cross_entropy`; at least two classes; beta >= 0.
     """
     beta = check.number("beta", beta, least=0.0)
-    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, target, 2)
-    return _rowloss(adv_logits, natural_logits, target, MART, beta, 0.0, NOTHING)[0]
+    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, target, MART)
+    return _rowloss(adv_logits, natural_logits, target, MART, beta, 0.0, IGNORE_NOTHING)[0]
 
 
 def kl_loss(natural_logits: Tensor, adv_logits: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def kl_loss(natural_logits: Tensor, adv_logits: Tensor) -> Tensor:
 
     Shapes, dtypes and errors as for `trades_loss`.
     """
-    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, None, 1)
+    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, None, KL)
     target = torch.zeros(adv_logits.shape[:-1], dtype=torch.int64, device=adv_logits.device)
-    return _rowloss(adv_logits, natural_logits, target, KL, 0.0, 0.0, NOTHING)[0]
+    return _rowloss(adv_logits, natural_logits, target, KL, 0.0, 0.0, IGNORE_NOTHING)[0]
 
 
 def dc_cross_entropy(
@@ -93,7 +93,6 @@ def dc_cross_entropy(
         costs: transport costs [..., n], or None.
         radius, divergence, alpha, kappa, max_dual, return_dual: as for `dc_loss`, and so are the results.
     """
-    _check_logits({"logits": logits}, target, 1)
     dual = (radius, divergence, alpha, kappa, max_dual, return_dual)
     return _dc(logits, None, target, costs, CE, 0.0, _smoothing(label_smoothing), *dual)
 
@@ -116,8 +115,6 @@ def dc_trades(
 
     Logits are [..., n, K]; the arguments are those of `trades_loss` and `dc_cross_entropy`.
     """
-    beta = check.number("beta", beta, least=0.0)
-    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, target, 1)
     dual = (radius, divergence, alpha, kappa, max_dual, return_dual)
     return _dc(adv_logits, natural_logits, target, costs, TRADES, beta, 0.0, *dual)
 
@@ -140,8 +137,6 @@ def dc_mart(
 
     Logits are [..., n, K]; the arguments are those of `mart_loss` and `dc_cross_entropy`.
     """
-    beta = check.number("beta", beta, least=0.0)
-    _check_logits({"natural_logits": natural_logits, "adv_logits": adv_logits}, target, 2)
     dual = (radius, divergence, alpha, kappa, max_dual, return_dual)
     return _dc(adv_logits, natural_logits, target, costs, MART, beta, 0.0, *dual)
 
@@ -189,7 +184,7 @@ class FixedLoss:
     of the sum of the losses in them. Neither makes a graph: an attack has no use for one."""
 
     def __init__(self, kind: int, target: Tensor, natural: Tensor | None = None, beta: float = 0.0) -> None:
-        self.target, self.natural, self.settings = target, natural, (kind, beta, 0.0, NOTHING)
+        self.target, self.natural, self.settings = target, natural, (kind, beta, 0.0, IGNORE_NOTHING)
         self.ones: Tensor | None = None
 
     def losses(self, logits: Tensor) -> Tensor:
@@ -206,7 +201,7 @@ class FixedLoss:
     def _evaluate(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.ones is None:  # the first time
             given = {"logits": logits} if self.natural is None else {"natural logits": self.natural, "logits": logits}
-            _check_logits(given, self.target, 2 if self.settings[0] == MART else 1)
+            _check_logits(given, self.target, self.settings[0])
         return torch.ops.armor.rowloss.default(logits, self.target, self.natural, *self.settings)
 
 
@@ -228,16 +223,18 @@ def _dc(
     max_dual: float,
     return_dual: bool,
 ) -> Any:
+    beta = check.number("beta", beta, least=0.0)
+    name = "logits" if kind == CE else "adv_logits"
+    _check_logits({name: logits} if kind == CE else {"natural_logits": natural, name: logits}, target, kind)
     family, order = _family(divergence, alpha)
     radius, kappa = check.number("radius", radius, least=0.0), check.number("kappa", kappa, least=0.0)
     max_dual = check.number("max_dual", max_dual, above=0.0)
-    name = "logits" if kind == CE else "adv_logits"
     if logits.dim() < 2 or logits.shape[-2] == 0:
         raise ValueError(f"{name} must be [..., n, K] with at least one sample, got shape {tuple(logits.shape)}")
     if costs is not None:
         check.tensor("costs", costs)
         check.matches("costs", costs, "target", target)
-        costs = costs.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        costs = costs.to(real(logits))
     value, _, _, lam, nu, weights, status, passes = _rowloss_dual(
         logits, natural, costs, target, kind, beta, smoothing, family, order, radius, kappa, max_dual
     )
@@ -253,7 +250,7 @@ def _solve_dual(
 def _remember_dual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, natural, costs, target, kind, beta, smoothing, _, _, _, ctx.kappa, _ = inputs
     _, _, stats, lam, _, weights, _, _ = output
-    ctx.settings = (kind, beta, smoothing, NOTHING)
+    ctx.settings = (kind, beta, smoothing, IGNORE_NOTHING)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, natural, costs, target, stats, lam, weights)
@@ -279,23 +276,16 @@ _rowloss_dual = differentiable(_solve_dual, _remember_dual, _backward_dual)
 
 
 def _smoothing(label_smoothing: Any) -> float:
-    smoothing = check.number("label_smoothing", label_smoothing, least=0.0)
-    if smoothing > 1.0:
-        raise ValueError(f"label_smoothing must be at most 1, got {label_smoothing!r}")
-    return smoothing
+    return check.number("label_smoothing", label_smoothing, least=0.0, most=1.0)
 
 
-def _check_logits(
-    given: dict[str, Tensor], target: Tensor | None, least_classes: int, ignore_index: int = NOTHING
-) -> None:
+def _check_logits(given: dict[str, Any], target: Tensor | None, kind: int, ignore_index: int = IGNORE_NOTHING) -> None:
+    least_classes = 2 if kind == MART else 1
     first, *rest = given
-    for name, logits in given.items():
-        check.tensor(name, logits)
     logits = given[first]
+    check.tensor(first, logits)
     for name in rest:
-        check.matches(name, given[name], first, logits)
-        if given[name].dtype != logits.dtype:
-            raise TypeError(f"{name} must have the dtype of {first} ({logits.dtype}), got {given[name].dtype}")
+        check.like(name, given[name], first, logits)
     if logits.dim() == 0 or logits.shape[-1] < least_classes:
         raise ValueError(f"{first} must have at least {least_classes} classes last, got shape {tuple(logits.shape)}")
     if target is None:

@@ -67,8 +67,7 @@ class L1:
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
-        if check.number("top", self.top, least=0.0) > 1.0:
-            raise ValueError(f"top must be at most 1, got {self.top!r}")
+        check.number("top", self.top, least=0.0, most=1.0)
 
     def rule(self) -> Rule:
         return Rule(L1_BALL, self.radius, weight=float(self.top))
@@ -212,17 +211,16 @@ def transport_init(
         odd = x.detach()[(x != 0) & (x != 1)]
         if odd.numel():
             raise ValueError(f"x must be 0 or 1 everywhere for Binary, got {odd[0].item():g}")
-    check.choice("start", start, ("uniform", "gaussian", "clean"))
+    check_start(cost, start)
     radius, radii = rule.radii(x)
     code = CLEAN
     if start == "gaussian":
         code, radius, radii = GAUSSIAN, check.number("sigma", sigma, above=0.0), None
     elif start == "uniform":
-        if rule.kind in (NORM_POWER, BINARY):
-            raise ValueError(f"start must be 'gaussian' or 'clean' for {type(cost).__name__}, got 'uniform'")
         code = LINF if rule.kind == SOFT_BALL else rule.kind
     if start != "clean":
-        seeds = draw_seeds(x, generator) if seeds is None else _check_seeds(seeds, x)
+        seeds = draw_seeds(x, generator) if seeds is None else seeds
+        _check_per_sample("seeds", seeds, "an int64", x)
     mean, std = normalizer(normalize, x)
     _check_feed(feed_dtype)
     x_adv, status, feed = torch.ops.armor.transport_init.default(
@@ -275,15 +273,15 @@ def transport_step(
         normalize=normalize,
         feed_dtype=feed_dtype,
     )
-    for name, tensor in (("x_adv", x_adv), ("grad", grad)):
-        check.tensor(name, tensor)
-        check.matches(name, tensor, "x", x)
-    if x_adv.dtype != x.dtype:
-        raise TypeError(f"x_adv must have the dtype of x ({x.dtype}), got {x_adv.dtype}")
+    check.like("x_adv", x_adv, "x", x)
+    check.tensor("grad", grad)
+    check.matches("grad", grad, "x", x)
     check.flag("final", final)
     if active is not None:
-        _check_mask(active, x)
-    moved = step(x_adv.detach(), grad.detach(), active, final, None if seeds is None else _check_seeds(seeds, x))
+        _check_per_sample("active", active, "a bool", x)
+    if seeds is not None:
+        _check_per_sample("seeds", seeds, "an int64", x)
+    moved = step(x_adv.detach(), grad.detach(), active, final, seeds)
     refuse_outside(x, box, moved.status)
     return moved
 
@@ -331,10 +329,7 @@ def transport_cost(x_adv: Tensor, x: Tensor, cost: Cost, *, box: tuple[float, fl
     Raises: TypeError, ValueError, as `transport_init`.
     """
     rule, (lo, hi) = _checked(x, cost, box)
-    check.tensor("x_adv", x_adv)
-    check.matches("x_adv", x_adv, "x", x)
-    if x_adv.dtype != x.dtype:
-        raise TypeError(f"x_adv must have the dtype of x ({x.dtype}), got {x_adv.dtype}")
+    check.like("x_adv", x_adv, "x", x)
     if rule.is_cost and torch.is_grad_enabled() and (x_adv.requires_grad or x.requires_grad):
         return _TransportCost.apply(x_adv, x, rule, lo, hi)
     return _cost(x_adv.detach(), x.detach(), rule, lo, hi)
@@ -450,6 +445,13 @@ def check_cost(cost: Any) -> None:
         raise TypeError(f"cost must be one of Linf, L2, L1, NormPower, SoftBall, Binary, got {cost!r}")
 
 
+def check_start(cost: Cost, start: Any) -> None:
+    """A start that the set or cost has."""
+    check.choice("start", start, ("uniform", "gaussian", "clean"))
+    if start == "uniform" and isinstance(cost, (NormPower, Binary)):
+        raise ValueError(f"start must be 'gaussian' or 'clean' for {type(cost).__name__}, got 'uniform'")
+
+
 def check_box(box: tuple[float, float]) -> tuple[float, float]:
     """(lo, hi) as floats, lo < hi."""
     if not isinstance(box, Sequence) or len(box) != 2:
@@ -481,23 +483,13 @@ def _check_positive(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} must be greater than 0, got {values.min().item():g}")
 
 
-def _check_seeds(seeds: Any, x: Tensor) -> Tensor:
-    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
-        raise TypeError(f"seeds must be an int64 tensor, got {getattr(seeds, 'dtype', type(seeds).__name__)}")
-    if seeds.shape != x.shape[:1] or seeds.device != x.device:
-        raise ValueError(
-            f"seeds must have shape {tuple(x.shape[:1])} on {x.device}, got {tuple(seeds.shape)} on {seeds.device}"
-        )
-    return seeds
-
-
-def _check_mask(active: Any, x: Tensor) -> None:
-    if not isinstance(active, Tensor) or active.dtype != torch.bool:
-        raise TypeError(f"active must be a bool tensor, got {getattr(active, 'dtype', type(active).__name__)}")
-    if active.shape != x.shape[:1] or active.device != x.device:
-        raise ValueError(
-            f"active must have shape {tuple(x.shape[:1])} on {x.device}, got {tuple(active.shape)} on {active.device}"
-        )
+def _check_per_sample(name: str, value: Any, kind: str, x: Tensor) -> None:
+    """One entry per sample of x; kind is the dtype with its article."""
+    if not isinstance(value, Tensor) or value.dtype != getattr(torch, kind.split()[1]):
+        raise TypeError(f"{name} must be {kind} tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.shape != x.shape[:1] or value.device != x.device:
+        shape, got = tuple(x.shape[:1]), tuple(value.shape)
+        raise ValueError(f"{name} must have shape {shape} on {x.device}, got {got} on {value.device}")
 
 
 def _feeds(normalize: Normalize | None, feed_dtype: torch.dtype | None) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from armor.library import real
+
 KL, ALPHA, RENYI = 0, 1, 2
 CONVERGED, SATURATED, MAX_DUAL, NONFINITE = 0, 1, 2, 3
 
@@ -65,7 +67,7 @@ def dual(
     weights = torch.where(odd, share / share.sum(1, keepdim=True), weights).masked_fill(nan_row, math.nan)
     status = status.masked_fill(odd, NONFINITE)
 
-    dtype = torch.float64 if losses.dtype == torch.float64 else torch.float32
+    dtype = real(losses)
     value, lam, nu = (entry.to(dtype).view(front) for entry in (value, lam, nu))
     passes = torch.full_like(value, BITS if divergence == KL else BITS * BITS, dtype=torch.int32)
     return value, lam, nu, weights.to(dtype).view(losses.shape), status.view(front), passes

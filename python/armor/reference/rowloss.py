@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from armor.library import IGNORE_NOTHING, real
 from armor.reference.dual import dual
 
 CE, TRADES, MART, KL = range(4)
-NOTHING = -(2**63)  # the ignore_index that ignores no target
 
 
 def rowloss(
@@ -32,9 +32,8 @@ def rowloss(
     else:
         losses = row.kl if kind == KL else -row.of_target(row.log_p) + beta * row.kl
         stats = [row.max_z, row.log_sum_z, row.max_w, row.log_sum_w, row.kl]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     losses = losses.masked_fill(row.bad, float("nan"))
-    return losses.to(dtype), torch.stack(stats, -1).to(dtype)
+    return losses.to(real(logits)), torch.stack(stats, -1).to(real(logits))
 
 
 def rowloss_backward(
@@ -99,7 +98,7 @@ def rowloss_dual(
     max_dual: float,
 ) -> tuple[Tensor, ...]:
     """`rowloss` on logits [..., n, K], then `dual` on the losses [..., n]."""
-    losses, stats = rowloss(logits, target, natural, kind, beta, smoothing, NOTHING)
+    losses, stats = rowloss(logits, target, natural, kind, beta, smoothing, IGNORE_NOTHING)
     value, lam, nu, weights, status, passes = dual(losses, costs, None, divergence, alpha, radius, kappa, max_dual)
     return value, losses, stats, lam, nu, weights, status, passes
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armor.library import dense_like, forgiven
+from armor.library import dense_like, forgiven, real
 
 LINF, L2, L1, NORM_POWER, SOFT_BALL, BINARY = range(6)
 GAUSSIAN, CLEAN = 3, 4  # starts; 0 to 2 are uniform in the linf, l2 and l1 ball
@@ -150,7 +150,7 @@ def transport_cost(
             far = _norm(d, {LINF: 0, L2: 2, L1: 1}[kind]) > r + slack
         costs = torch.where(far | outside.any(1), math.inf, 0.0).double()
         costs = costs.masked_fill(d.isnan().any(1), math.nan)
-    return costs.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return costs.to(real(x))
 
 
 def project_l1(y: Tensor, x: Tensor, r: Tensor, lo: float, hi: float) -> Tensor:
