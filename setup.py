@@ -2,7 +2,7 @@
 
 What was built, and why anything was left out, goes to armor/_build.json, which `python -m armor` prints.
 ARMOR_CUDA=0|1 forbids or requires CUDA, CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures,
-MAX_JOBS the number of compiler processes. Metadata lives in pyproject.toml.
+MAX_JOBS the number of compiler processes. Metadata lives in pyproject.toml. docs/install.md is for those who install.
 """
 
 import glob
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -84,6 +85,10 @@ if cuda_home:
 elif ARMOR_CUDA == "1":
     sys.exit(f"ARMOR_CUDA=1 requires the CUDA module, but {no_cuda}")
 
+# A build that is told what to hold says so, as those of PyTorch do: 0.1.0+cpu, 0.1.0+cu130.
+label = {"0": "+cpu", "1": cuda_home and "+cu{}{}".format(*cuda_version(cuda_home))}
+version = re.search('__version__ = "(.+)"', Path("python/armor/__init__.py").read_text())[1]
+
 from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler, include_paths, library_paths  # noqa: E402
 
 
@@ -103,22 +108,25 @@ def extension(name, sources, device, **options):
 
 # Loops are to become vectors: no errno and no exception flags from arithmetic, and `omp simd` without OpenMP itself.
 VECTORS = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wno-psabi"]
+# A message that names a source file gives its place here or in torch, not on the machine that compiled it.
+PLACES = [f"-ffile-prefix-map={folder}/=" for folder in (os.getcwd(), Path(torch.__file__).parent.parent)]
 modules = [
     extension(
         "armor._C",
         "csrc/cpu/*.cpp",
         "cpu",
-        extra_compile_args={"cxx": ["-O3", "-g0", *VECTORS]},
+        extra_compile_args={"cxx": ["-O3", "-g0", *VECTORS, *PLACES]},
         libraries=["torch_cpu"],
     )
 ]
 if cuda_home:
     threads = os.environ.get("MAX_JOBS") or str(os.cpu_count())  # nvcc takes one per architecture
+    host = [word for place in PLACES for word in ("--compiler-options", shlex.quote(place))]  # nvcc asks a shell
     cuda_module = extension(
         "armor._C_cuda",
         "csrc/cuda/*.cu",
         "cuda",
-        extra_compile_args={"nvcc": ["-O3", "-DUSE_CUDA", "--threads", threads]},
+        extra_compile_args={"nvcc": ["-O3", "-DUSE_CUDA", "--threads", threads, *host]},
         libraries=["torch_cpu", "torch_cuda"],
         # By its path, because the toolkit that pip installs has libcudart.so.13 but no libcudart.so.
         extra_objects=sorted(glob.glob(f"{cuda_home}/lib*/libcudart.so*"))[:1],
@@ -165,6 +173,7 @@ class Build(BuildExtension):
 
 
 setup(
+    version=version + label.get(ARMOR_CUDA, ""),
     ext_modules=modules,
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

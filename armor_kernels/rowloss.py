@@ -19,7 +19,6 @@ from armor_kernels.dual import _expm1, _log1p, dual
 from armor_kernels.launch import contiguous, device_guard
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 FLOOR = tl.constexpr(1e-12)  # what MART adds to a probability before its logarithm,
 LOG_FLOOR = tl.constexpr(-27.631021115928547)
 
@@ -360,7 +359,7 @@ def _rowloss(
             loss = beta * kl
             if KIND == 1:
                 loss += (w_max - w_y) + w_log
-    loss = tl.where(valid, loss, NAN)
+    loss = tl.where(valid, loss, float("nan"))
     if KIND == 0:
         loss = tl.where(y == ignore_index, 0.0, loss)
 
@@ -454,7 +453,7 @@ def _rowloss_backward(
     else:
         up = tl.load(grad_ptr + row, mask=exists, other=0.0).to(REAL)
     ignored = (KIND == 0) & (y == ignore_index)
-    up = tl.where((up == 0.0) | ignored, 0.0, tl.where(usable, up, NAN))[:, None]
+    up = tl.where((up == 0.0) | ignored, 0.0, tl.where(usable, up, float("nan")))[:, None]
     here = exists[:, None] & (cols < CLASSES)[None, :]
     at = row[:, None] * CLASSES + cols[None, :]
     to_logits = tl.where(up == 0.0, 0.0, up * to_logits)

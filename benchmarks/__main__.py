@@ -16,12 +16,13 @@ from benchmarks import plot, records, tables
 
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / ".benchmarks"
-# Seconds instead of minutes: small problems, nothing to compile, one thread.
+# Seconds instead of minutes: small problems and nets, nothing to compile, one thread.
 QUICK = {
     "dual": "1x128 and not compile",
     "transport": "128x3072 and not compile",
     "rowloss": "128x10- and not compile",
     "attack": "mnist_cnn and turn0",
+    "train": "resnet8 and step-",
 }
 
 
@@ -35,9 +36,9 @@ def main():
         parser.description = f"Times {', '.join(kernels)}; all further arguments go to pytest."
         parser.add_argument("--quick", action="store_true", help="small problems on one thread, in seconds")
         parser.add_argument("--out", type=Path, help="folder for KERNEL.csv and KERNEL.svg")
+        parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda is AMD's GPUs, too")
         args, extra = parser.parse_known_args(sys.argv[1 + len(kernels) :])
-        measure(kernels, args.quick, args.out, extra)
-        return
+        sys.exit(measure(kernels, args.quick, args.out, args.device, extra))
     commands = parser.add_subparsers(dest="command", required=True)
     for kernel in records.KERNELS:
         commands.add_parser(kernel, help=f"time {kernel}; several kernels may be named")
@@ -57,13 +58,13 @@ def main():
         print("\n".join(map(tables.full, recorded.values())), end="")
 
 
-def measure(kernels, quick, out, extra):
-    # Only a whole run replaces the recorded numbers.
-    out = out or (REPORTS if quick or extra else records.DATA)
+def measure(kernels, quick, out, device, extra):
+    """Measures, writes and prints; returns how many kernels had a case that failed."""
+    # Only a whole run on the CPU replaces the recorded numbers.
+    out = out or (REPORTS if quick or extra or device != "cpu" or "ARMOR_UNTIL" in os.environ else records.DATA)
     if out == records.DATA:
         _refuse_reference()
-    for kernel in dict.fromkeys(kernels):
-        _measure(kernel, quick, out, extra)
+    return sum(not _measure(kernel, quick, out, device, extra) for kernel in dict.fromkeys(kernels))
 
 
 def _refuse_reference():
@@ -72,34 +73,37 @@ def _refuse_reference():
         raise SystemExit(f"not recorded: {', '.join(slow)} would run without the compiled kernel; see python -m armor")
 
 
-def _measure(kernel, quick, out, extra):
-    rows = []
-    for threads in [1] if quick else [1, 2]:
+def _measure(kernel, quick, out, device, extra):
+    rows, passed = [], True
+    for threads in [1] if quick or device != "cpu" else [1, 2]:
         report = REPORTS / f"{kernel}-{threads}-threads.json"
-        _run(kernel, report, threads, quick, extra)
+        passed &= _run(kernel, report, threads, quick, device, extra)
         rows += records.from_json(report)
+    if not rows or not (passed or out != records.DATA):
+        print(f"{kernel}: not written, because {'a case failed' if rows else 'nothing was timed'}", file=sys.stderr)
+        return passed
     records.write(out / f"{kernel}.csv", rows)
     rows = records.read(out / f"{kernel}.csv")
     plot.draw(rows, out / f"{kernel}.svg")
     print(tables.full(rows), end="")
     print(f"\nwritten: {out / kernel}.csv, {out / kernel}.svg")
+    return passed
 
 
-def _run(kernel, report, threads, quick, extra):
-    """One process per thread count: OpenMP reads its settings only once."""
+def _run(kernel, report, threads, quick, device, extra):
+    """Whether all cases passed. One process per thread count: OpenMP reads its settings only once."""
     report.parent.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{kernel}.py", "-q", "-p", "no:cacheprovider"]
     # A round of at least 50 us, so that timer and loop cost nothing beside a solve of a few.
-    command += ["--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"]
+    command += ["-p", "benchmarks.deadline", "--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"]
     command += ["--benchmark-min-time=0.00005", "--benchmark-min-rounds=3"]
     command += [f"--benchmark-max-time={0.05 if quick else 0.3}"]
     command += [f"--benchmark-json={report}", *(["-k", QUICK[kernel]] if quick else []), *extra]
     # torch takes the smaller of the first two; OpenBLAS's threads only hinder L-BFGS-B in two variables.
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
-    env = os.environ | env | {"OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, cwd=ROOT, env=env)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    env |= {"OMP_WAIT_POLICY": "passive", "ARMOR_BENCH_DEVICE": device}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env).returncode == 0
 
 
 if __name__ == "__main__":

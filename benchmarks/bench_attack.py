@@ -72,7 +72,7 @@ def test_attack(benchmark, case, turn):
     measure.time(benchmark, "attack", case, step, config=SETTINGS, error=error, counts=counts, rounds=1)
 
 
-def build(case, device="cpu"):
+def build(case, device=measure.DEVICE):
     """The case as a function without arguments that returns the adversarial samples."""
     model, x, y = problem(case.case, device)
     radius, step_size, steps = SETTINGS["radius"], SETTINGS["step_size"], SETTINGS["steps"]
@@ -88,7 +88,7 @@ def build(case, device="cpu"):
     return lambda: naive.pgd(model, x, y, gradient, **SETTINGS)
 
 
-def problem(name, device="cpu"):
+def problem(name, device=measure.DEVICE):
     """The net, images of noise and labels. The weights are random, as are the images: time knows no difference."""
     torch.manual_seed(0)
     model = (mnist_cnn() if name == "mnist_cnn" else resnet()).eval().to(device)

@@ -74,9 +74,9 @@ def _timed(divergence, shape, mode, provider):
 @measure.each(cases())
 def test_dual(benchmark, case):
     settings = SETTINGS[case.case]
-    losses = make_losses(case.rows, case.n).requires_grad_(case.mode != "forward")
+    losses = make_losses(case.rows, case.n).to(measure.DEVICE).requires_grad_(case.mode != "forward")
     value_of = PROVIDERS[case.provider]
-    ones = torch.ones(losses.shape[:-1])
+    ones = torch.ones(losses.shape[:-1], device=measure.DEVICE)
 
     def forward():
         return value_of(losses, divergence=case.case, **settings)
@@ -84,7 +84,7 @@ def test_dual(benchmark, case):
     def forward_backward():
         return torch.autograd.grad(forward(), losses, ones)
 
-    value = forward().detach().reshape(ones.shape)
+    value = forward().detach().cpu().reshape(ones.shape)
     error = None
     if case.provider != "mean":
         exact = expected(case.case, case.rows, case.n)

@@ -50,7 +50,7 @@ def test_rowloss(benchmark, case):
     measure.time(benchmark, "rowloss", case, build(case), config=config, error=error, counts=twin)
 
 
-def build(case, device="cpu"):
+def build(case, device=measure.DEVICE):
     """The case as a function without arguments that returns the value, or the gradients in the logits."""
     logits, target = inputs(case, device)
     loss, settings = loss_of(case), SETTINGS[case.case]
@@ -93,9 +93,9 @@ def expected(loss, rows, n):
 
 def check(case):
     """Largest error of the value, as a share of the mean loss."""
-    logits, target = inputs(case)
+    logits, target = inputs(case, measure.DEVICE)
     exact = expected(case.case, case.rows, case.n)
-    value = loss_of(case)(*logits, target, **SETTINGS[case.case]).detach()
+    value = loss_of(case)(*logits, target, **SETTINGS[case.case]).detach().cpu()
     error = ((value - exact).abs().max() / exact.mean()).item()
     assert error < 1e-5, f"{case.provider} is off by {error:.1e}"
     return error

@@ -51,14 +51,14 @@ def cases():
 @measure.each(cases())
 def test_transport(benchmark, case):
     step = build(case)
-    error = check(case, *step())
+    error = check(case, *(None if t is None else t.cpu() for t in step()))
     counts = None if case.provider == "compile" else measure.counts(build(case, "meta"))
     settings = STARTS[case.case] if case.mode == "start" else COSTS[case.case][1] | {"step_size": COSTS[case.case][2]}
     config = settings | {"dtype": "float32"}
     measure.time(benchmark, "transport", case, step, config=config, error=error, counts=counts)
 
 
-def build(case, device="cpu"):
+def build(case, device=measure.DEVICE):
     """The case as a function without arguments that returns the next samples and what the model is fed, or None."""
     x_adv, grad, x = (t.to(device) for t in inputs(*key(case)))
     if case.mode == "start":

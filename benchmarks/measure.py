@@ -3,14 +3,16 @@
 The record goes through pytest-benchmark's JSON to records.py.
 """
 
+import os
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import armor
+from benchmarks.counter import Counter
+
+DEVICE = os.environ.get("ARMOR_BENCH_DEVICE", "cpu")  # python -m benchmarks sets it, in the process of pytest
 
 
 class Case(NamedTuple):
@@ -29,7 +31,10 @@ def each(cases):
 
 
 def time(benchmark, kernel, case, step, *, config, error=None, counts=None, rounds=None):
-    """Times `step`: as long as the command line says, warmed up before, or `rounds` of it."""
+    """Times `step`: as long as the command line says, warmed up before, or `rounds` of it.
+
+    On a GPU, from the call until the device has finished.
+    """
     benchmark.group = "{} {}x{} {}".format(*case)
     benchmark.extra_info = case._asdict() | {
         "kernel": kernel,
@@ -39,6 +44,9 @@ def time(benchmark, kernel, case, step, *, config, error=None, counts=None, roun
         "torch": torch.__version__,
         "armor": armor.__version__,
     }
+    if DEVICE != "cpu":
+        benchmark.extra_info["device"] = torch.cuda.get_device_name()
+        step = _finished(step)
     if rounds is None:
         step()
         benchmark(step)
@@ -46,39 +54,17 @@ def time(benchmark, kernel, case, step, *, config, error=None, counts=None, roun
         benchmark.pedantic(step, rounds=rounds)
 
 
-def counts(step):
-    """Operators, bytes and syncs of `step`, which runs on meta tensors: nothing is computed, and no device is needed.
-
-    An operator is a launch of at least one kernel. Its bytes are those of its arguments and results, each once, so that
-    an in-place operator's are too few. A sync is a number that the host waits for.
-    """
-    with _Counter() as counter:
+def _finished(step):
+    def run():
         step()
-    return {"operators": counter.operators, "syncs": counter.syncs, "bytes": counter.bytes}
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return run
 
 
-class _Counter(TorchDispatchMode):
-    COMPUTE_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh")
-
-    def __init__(self):
-        super().__init__()
-        self.operators = self.syncs = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.syncs += 1
-            return 0
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and func._opname not in self.COMPUTE_NOTHING:
-            tensors = {id(t): t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
-            self.operators += 1
-            self.bytes += sum(_bytes(t) for t in tensors.values())
-        return result
-
-
-def _bytes(t):
-    """Of the elements in memory: an expanded dimension has one."""
-    count = t.element_size()
-    for size, stride in zip(t.shape, t.stride(), strict=True):
-        count *= size if stride else min(size, 1)
-    return count
+def counts(step):
+    """Operators, bytes and syncs of `step` on meta tensors: nothing is computed, and no device is needed."""
+    with Counter() as counter:
+        step()
+    return {"operators": len(counter.operators), "syncs": counter.syncs, "bytes": counter.bytes}

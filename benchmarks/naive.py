@@ -2,8 +2,9 @@
 
 The D^c dual (sections 1 and 2 of docs/math.md) by SciPy on the host or by a fixed number of Newton steps in torch, both
 without transport costs and evaluated at the mu they find, so that autograd returns the worst-case weights; the losses
-of section 4 as published; the steps of section 5 and PGD around them. tests/test_benchmarks.py holds all to the float64
-oracle: a ratio to a baseline that is fast and wrong would say nothing.
+of section 4 as published; the steps of section 5 and PGD around them; whole training steps as the published scripts
+have them, which counts.py counts. tests/test_benchmarks.py and tests/test_counts.py hold all to the float64 oracle: a
+ratio to a baseline that is fast and wrong would say nothing.
 """
 
 import math
@@ -62,14 +63,14 @@ def _solve_rows(solve, losses, radius, alpha, kappa):
     return torch.from_numpy(duals).to(losses).reshape(*losses.shape[:-1], 2).unbind(-1)
 
 
-def _bisect_kl(row, radius, alpha, kappa):
+def _bisect_kl(row, radius, alpha, kappa, costs=0.0):
     top = row.max()
 
     def slope(lam):
         # Every term evaluates its own exponentials, as published: the formula of section 1 written out once.
         mu = lam + kappa
-        phi = np.log(np.average(np.exp((row - top) / mu))) + top / mu
-        mean = np.average(row * np.exp((row - top) / mu)) / np.average(np.exp((row - top) / mu))
+        phi = np.log(np.average(np.exp((row - top) / mu - costs))) + top / mu
+        mean = np.average(row * np.exp((row - top) / mu - costs)) / np.average(np.exp((row - top) / mu - costs))
         return radius + phi - mean / mu
 
     low = 0.0 if kappa > 0 else 1e-6 * (top - row.min())
@@ -294,3 +295,113 @@ def by_backward(model, loss, x_adv):
 
 def by_autograd(model, loss, x_adv):
     return torch.autograd.grad(loss, x_adv)[0]
+
+
+# ---- whole training steps, in float32 -----------------------------------------------------------------------------
+#
+# What the published scripts do in every step, from the attack to the optimizer; `weigh` makes one loss of the losses
+# (and costs) of the samples: `mean` or `host_dc_loss`. The steps of the attacks are those above, which need fewer
+# operators than the scripts', and what the scripts compute and never use is left out.
+
+
+def pgd_training_step(model, optimizer, x, y, weigh, *, radius, step_size, steps):
+    """PGD in the ball, as in the ARMOR_D script for MNIST and Rényi: the attack computes the gradients of the weights,
+    and loss and errors are logged in every step."""
+    x_adv = pgd(model, x, y, by_backward, radius=radius, step_size=step_size, steps=steps)
+    logits = model(x_adv)
+    loss = _update(optimizer, weigh(cross_entropy(logits, y)))
+    return loss.item(), _errors(logits, y)
+
+
+def trades_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_size, steps):
+    """TRADES: every step of the attack predicts the natural samples again, and the loss does so twice."""
+
+    def objective(x_adv):
+        return F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="sum")
+
+    x_adv = _ascend_from_noise(model, x, objective, radius=radius, step_size=step_size, steps=steps)
+    losses = cross_entropy(model(x), y)
+    kl = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="none").sum(1)
+    return _update(optimizer, weigh(losses + beta * kl))
+
+
+def mart_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_size, steps):
+    """MART as in the ARMOR_D scripts, which attack its whole loss and predict the natural samples in every step."""
+
+    def objective(x_adv):
+        return mart_loss(model(x), model(x_adv), y, beta=beta).mean()
+
+    x_adv = _ascend_from_noise(model, x, objective, radius=radius, step_size=step_size, steps=steps)
+    return _update(optimizer, weigh(mart_loss(model(x), model(x_adv), y, beta=beta)))
+
+
+def udr_training_step(model, optimizer, x, y, weigh, *, mean, std, radius, tau, step_size, steps):
+    """UDR: samples are normalised in front of the model, and of the attack's restarts, here one, each sample keeps the
+    worst by a mask as an index."""
+    mean, std = mean[:, None, None], std[:, None, None]
+    x_adv = linf_start(x, radius=radius)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        grad = by_autograd(model, F.cross_entropy(model((x_adv - mean) / std), y), x_adv)
+        x_adv = soft_ball_step(x_adv.detach(), grad, x, step_size=step_size, radius=radius, tau=tau)
+    found = cross_entropy(model((x_adv - mean) / std), y).detach()
+    worst, largest = torch.zeros_like(x), torch.zeros_like(found)
+    worst[found >= largest] = x_adv[found >= largest]
+
+    logits = model((worst - mean) / std)
+    costs = ((worst - x).abs() - radius).clamp(min=0).square().flatten(1).sum(1) / (2 * tau)
+    loss = _update(optimizer, weigh(cross_entropy(logits, y), costs))
+    return loss.item(), _errors(logits, y)
+
+
+def penalised_ot_training_step(model, optimizer, x, y, weigh, *, weight, power, step_size, steps):
+    """Ascent on loss - cost from x, as in the ARMOR_D scripts for MNIST, which log loss and errors in every step."""
+    x_adv = x
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        grad = by_autograd(model, F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
+        x_adv = norm_power_step(x_adv.detach(), grad, x, step_size=step_size, weight=weight, power=power)
+    logits = model(x_adv)
+    costs = weight * (x_adv - x).flatten(1).norm(dim=1) ** power
+    loss = _update(optimizer, weigh(cross_entropy(logits, y), costs))
+    return loss.item(), _errors(logits, y)
+
+
+def mean(losses, costs=None):
+    return losses.mean()
+
+
+def host_dc_loss(losses, costs=None, *, radius, divergence, alpha=None, kappa=0.0):
+    """D^c loss of a batch as the scripts have it: the dual variables are found on the host and stay there, numbers."""
+    solve = {"kl": _bisect_kl, "renyi": _solve_renyi}[divergence]
+    given = [t.detach().cpu().numpy() for t in (losses, costs) if t is not None]
+    mu, rho = map(float, solve(given[0], radius, alpha, kappa, *given[1:]))
+    if divergence == "kl":
+        scaled = losses / mu if costs is None else losses / mu - costs
+        top = scaled.max()
+        return radius * (mu - kappa) + mu * (torch.log(torch.mean(torch.exp(scaled - top))) + top)
+    fixed = radius * (mu - kappa) + rho - mu * (math.log(alpha) + 1 - math.log(mu)) / alpha
+    return fixed - mu / (alpha - 1) * torch.log(torch.mean((rho - losses) ** ((alpha - 1) / alpha)))
+
+
+def _ascend_from_noise(model, x, objective, *, radius, step_size, steps):
+    """The attack of TRADES and MART, in eval mode; the noise it starts with is drawn on the host."""
+    model.eval()
+    x_adv = x + 0.001 * torch.randn(x.shape).to(x.device)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        grad = by_autograd(model, objective(x_adv), x_adv)
+        x_adv = linf_step(x_adv.detach(), grad, x, step_size=step_size, radius=radius)
+    model.train()
+    return x_adv
+
+
+def _update(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def _errors(logits, y):
+    return (logits.argmax(1) != y).sum().item()

@@ -14,6 +14,7 @@ from matplotlib import pyplot  # noqa: E402
 from benchmarks.tables import SHOWN  # noqa: E402
 
 STYLES = {
+    "published": ("#d55e00", "published scripts"),
     "scipy": ("#d55e00", "SciPy on the host"),
     "brent": ("#cc79a7", "SciPy, tuned"),
     "torchattacks": ("#d55e00", "torchattacks"),
@@ -35,7 +36,9 @@ def draw(records, path):
     if kernel == "dual":
         figure, legend = _lines([record for record in times if record["rows"] == 1], threads)
     else:
-        figure, legend = _bars([r for r in times if r["mode"] == SHOWN[kernel].mode], threads)
+        modes = {record["mode"] for record in times}
+        mode = SHOWN[kernel].mode if SHOWN[kernel].mode in modes else times[0]["mode"]
+        figure, legend = _bars([record for record in times if record["mode"] == mode], threads)
     figure.legend(*legend, loc="lower center", ncols=max(1, len(legend[0])), frameon=False, fontsize="small")
     figure.tight_layout(rect=(0, 0.05 if kernel == "dual" else 0.08, 1, 1))
     figure.savefig(path, format="svg", metadata={"Date": None})

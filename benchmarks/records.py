@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-KERNELS = ["dual", "transport", "rowloss", "attack"]
+KERNELS = ["dual", "transport", "rowloss", "attack", "train"]
 COLUMNS = [
     *("kernel", "case", "provider", "mode", "metric", "unit", "rows", "n", "p50", "p20", "p80"),
     *("rounds", "threads", "config", "device", "torch", "armor", "time"),
@@ -19,9 +19,15 @@ UNITS = {"error": "relative", "operators": "count", "syncs": "count", "bytes": "
 
 
 def from_json(path):
-    """Csv records of one pytest-benchmark report: the time of every case, and its metrics, which have no spread."""
+    """Csv records of one pytest-benchmark report: the time of every case, and its metrics, which have no spread.
+
+    There are none if no case was timed; then pytest-benchmark writes no report.
+    """
+    if not Path(path).exists():
+        return []
     report = json.loads(Path(path).read_text())
-    machine = {"device": report["machine_info"]["cpu"]["brand_raw"], "time": report["datetime"][:19]}
+    cpu = report["machine_info"]["cpu"]
+    machine = {"device": cpu.get("brand_raw") or cpu.get("arch", "unknown"), "time": report["datetime"][:19]}
     infos, times = {}, {}
     for bench in report["benchmarks"]:
         info = bench["extra_info"]
@@ -31,7 +37,7 @@ def from_json(path):
     records = []
     for case, info in infos.items():
         metrics = info.pop("metrics")
-        base = info | machine | {"rounds": len(times[case]), "config": json.dumps(info["config"])}
+        base = machine | info | {"rounds": len(times[case]), "config": json.dumps(info["config"])}
         records.append(base | {"metric": "time", "unit": "us"} | _percentiles(times[case]))
         for name, value in metrics.items():
             records.append(base | {"metric": name, "unit": UNITS[name]} | _percentiles([value]))

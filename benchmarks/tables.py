@@ -10,7 +10,8 @@ benchmarks/__main__.py; reads only the csv.
 import re
 from typing import NamedTuple
 
-PROVIDERS = ["scipy", "brent", "torchattacks", "backward", "autograd", "eager", "compile", "armor", "armor_op", "mean"]
+PROVIDERS = ["published", "scipy", "brent", "torchattacks", "backward", "autograd", "eager", "compile"]
+PROVIDERS += ["armor", "armor_op", "mean"]
 OURS = {"armor", "armor_op", "mean"}
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 
@@ -85,6 +86,13 @@ SHOWN = {
         ],
         mode="pgd-10",
     ),
+    "train": Kernel(
+        "net",
+        {f"{net} {kind}": f"{net} {kind}" for net in ("resnet18", "resnet8") for kind in ("fp32", "tf32", "bf16")},
+        "images",
+        [],
+        mode="step",
+    ),
 }
 
 
@@ -141,6 +149,8 @@ def _provenance(kernel, records):
 
 
 def _targets(kernel, times):
+    if not kernel.targets:
+        return "No targets."
     lines = _head(["target", "threads", *kernel.titles.values(), "reached"])
     for target in kernel.targets:
         for threads in sorted({key[0] for key in times}):

@@ -1,10 +1,12 @@
 """The benchmarks' baselines against the float64 oracle, and their way from a run to csv, tables and plot."""
 
+import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,12 +19,25 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import bench_attack, bench_dual, bench_rowloss, bench_transport, measure, naive, plot, records, tables
+from benchmarks import (
+    bench_attack,
+    bench_dual,
+    bench_rowloss,
+    bench_train,
+    bench_transport,
+    measure,
+    naive,
+    plot,
+    records,
+    tables,
+)
 
+command_line = importlib.import_module("benchmarks.__main__")
 ROOT = Path(__file__).parents[1]
 BASELINES = [("scipy", "kl"), ("brent", "kl"), ("eager", "kl"), ("scipy", "alpha"), ("scipy", "renyi")]
 
 MODULES = {"dual": bench_dual, "transport": bench_transport, "rowloss": bench_rowloss, "attack": bench_attack}
+MODULES["train"] = bench_train
 HAS_TORCHATTACKS = importlib.util.find_spec("torchattacks") is not None
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -193,6 +208,53 @@ def test_attacks_that_cheat_are_not_timed(monkeypatch):
         bench_attack.check(case, naive.linf_start(x, radius=16 / 255))
 
 
+def test_training_steps_that_cheat_are_not_timed(monkeypatch):
+    """Noise raises the divergence too little, twice the radius leaves the ball, and a mean is not the worst case."""
+    case = measure.Case("resnet8 fp32", 16, 3072, "step", "armor")
+    monkeypatch.setattr(bench_train, "BATCH", 16)
+    model, x, y = bench_train.problem("resnet8")
+    state = copy.deepcopy(model.state_dict())
+
+    def judged(change_samples, change_loss=lambda loss: loss):
+        model.load_state_dict(state)
+        x_adv = change_samples(bench_train.naive_attack(model, x))
+        losses = naive.trades_loss(model(x), model(x_adv), y, beta=6.0)
+        loss = naive.eager_dc_loss(losses, radius=0.2, kappa=0.12)
+        model.load_state_dict(state)
+        return bench_train.check(case, model, x, y, x_adv, change_loss(loss).detach())
+
+    assert judged(lambda x_adv: x_adv) < 1e-5
+    with pytest.raises(AssertionError, match="raises the divergence"):
+        judged(lambda x_adv: naive.linf_start(x, radius=8 / 255))
+    with pytest.raises(AssertionError):
+        judged(lambda x_adv: (x + 2 * (x_adv - x)).clamp(0, 1))
+    with pytest.raises(AssertionError, match="is off by"):
+        judged(lambda x_adv: x_adv, lambda loss: 0.9 * loss)
+
+
+def test_time_on_a_gpu_ends_with_its_work(monkeypatch):
+    done = []
+    monkeypatch.setattr(measure, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("finished"))
+    benchmark = types.SimpleNamespace(pedantic=lambda step, rounds: [step() for _ in range(rounds)])
+    case = measure.Case("kl", 1, 128, "forward", "armor")
+    measure.time(benchmark, "dual", case, lambda: done.append("called"), config={}, rounds=2)
+    assert done == ["finished", "called", "finished", "called", "finished"]
+    assert benchmark.extra_info["device"] == "a GPU"
+
+
+def test_a_failing_case_keeps_the_recorded_numbers(tmp_path, monkeypatch, capsys):
+    """In another folder the cases that passed are written all the same."""
+    monkeypatch.setattr(command_line, "_run", lambda *_: False)
+    monkeypatch.setattr(records, "from_json", lambda path: sample())
+    monkeypatch.setattr(records, "DATA", tmp_path / "data")
+    for folder, written in ((records.DATA, False), (tmp_path / "other", True)):
+        assert command_line.measure(["dual"], False, folder, "cpu", []) == 1
+        assert (folder / "dual.csv").exists() == written
+    assert "dual: not written, because a case failed" in capsys.readouterr().err
+
+
 def test_counts_of_a_step():
     """128 x 3072 numbers of 4 bytes are N. Eager linf: sign and the two clamps touch 2 N, the other three 3 N."""
     size = 128 * 3072 * 4
@@ -213,7 +275,7 @@ def test_counts_know_views_syncs_and_expanded_tensors():
 
 
 def test_every_provider_has_its_cases():
-    for module in (bench_dual, bench_transport, bench_rowloss, bench_attack):
+    for module in MODULES.values():
         timed = module.cases()
         assert len(set(timed)) == len(timed)
     timed = bench_dual.cases()
@@ -228,6 +290,10 @@ def test_every_provider_has_its_cases():
     losses = {(c.case, c.n, c.provider) for c in bench_rowloss.cases() if c.mode == "forward+backward"}
     assert losses >= {("dc_trades", n, p) for n in (10, 1000) for p in ("eager", "compile", "armor")}
     assert len(bench_attack.cases()) == 8
+    trained = {(c.case, c.rows, c.mode, c.provider) for c in bench_train.cases()}
+    assert trained == {
+        (f"{net} fp32", 32, "step", p) for net in ("resnet18", "resnet8") for p in ("published", "eager", "armor")
+    }
 
 
 def test_quick_run_end_to_end(tmp_path):
@@ -236,13 +302,15 @@ def test_quick_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
     shapes = {"dual": {(1, 128)}, "transport": {(128, 3072)}, "rowloss": {(128, 10)}, "attack": {(128, 784)}}
+    shapes["train"] = {(32, 3072)}
     for kernel in records.KERNELS:
         rows = records.read(tmp_path / f"{kernel}.csv")
         times = [r for r in rows if r["metric"] == "time"]
         timed = {(r["case"], r["rows"], r["n"], r["mode"], r["provider"]) for r in times}
         cases = MODULES[kernel].cases()
         absent = {"compile"} if HAS_TORCHATTACKS else {"compile", "torchattacks"}
-        assert timed == {c for c in cases if (c.rows, c.n) in shapes[kernel] and c.provider not in absent}
+        wanted = {c for c in cases if (c.rows, c.n) in shapes[kernel] and c.provider not in absent}
+        assert timed == {c for c in wanted if "resnet18" not in c.case}
         assert all(0 < r["p20"] <= r["p50"] <= r["p80"] and r["unit"] == "us" for r in times)
         assert {r["threads"] for r in rows} == {1}
         assert {r["torch"] for r in rows} == {torch.__version__}

@@ -138,8 +138,9 @@ def problems(draw, with_costs=None, with_clean=False):
 
 
 def slack(problem, of_range=1e-9):
-    """What rounding may do: 1e-12 of the largest loss, and more of the range where weights enter linearly."""
-    largest = max(abs(loss) for loss in problem.losses)
+    """What rounding may do: 1e-12 of the largest loss or price, and more of the range where weights enter linearly."""
+    prices = [problem.kappa * cost for cost in problem.costs or () if cost < inf]
+    largest = max(map(abs, [*problem.losses, *prices]))
     return 1e-12 * largest + of_range * (max(problem.losses) - min(problem.losses))
 
 

@@ -1,83 +1,39 @@
-"""The CUDA kernels of armor::dual. Without a GPU, their source runs thread by thread on the CPU under the host shim
-of tests/kernelcheck, plain and under sanitizers, and nvcc compiles it for every architecture that is shipped. With
-one, what is marked `gpu` tests the operator itself.
+"""The CUDA kernels of armor::dual. Without a GPU, operators and kernels run thread by thread on the CPU under the host
+shim of tests/kernelcheck; `make audit` does so under sanitizers, too, and executes what nvcc compiles. With one, what
+is marked `gpu` tests the operators themselves.
 """
 
-import ctypes
-import functools
 import math
-import re
-import subprocess
 from dataclasses import replace
 
 import cases
 import pytest
 import torch
 from cases import Problem, random_problem, solve
-from kernelcheck import toolchain
+from kernelcheck import cuda_ops
 
 from armor import dc_loss, library, reference
 from armor.ops import Status
 
 inf, nan = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64]
-# Which threads share a row, and how many blocks a test launches. A block holds eight warps: one block of them has fewer
-# groups than the larger tests have rows. Three blocks are the fewest of which two can differ in how far they are.
-GROUPS = {"warp": 1, "block": 2, "grid": 3}
-KINDS = ["alone", "warp", "block", "grid"]
-ORDERS = ["forward", "reverse", "random"]
+NUMBERS = Problem([], divergence="renyi", alpha=1.25).numbers()
+# The shortest rows that get a warp, a block or the grid, or a little more.
+LENGTHS = {"warp": 100, "block": 300, "grid": 17_000}
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-groups = pytest.mark.parametrize("group", GROUPS)
+groups = pytest.mark.parametrize("group", LENGTHS)
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def kernel(group, *, blocks=None, order="random", seed=1, resident=None):
-    """A raw `dual`: the kernel for groups of this kind, on the host shim, under one schedule."""
-    blocks = blocks or GROUPS[group]
-
-    def dual(losses, costs, clean_losses, *numbers):
-        value, lam, nu = (torch.full(losses.shape[:-1], nan, dtype=losses.dtype) for _ in range(3))
-        weights = torch.full_like(losses, nan)
-        status, passes = (torch.full(losses.shape[:-1], -1, dtype=torch.int32) for _ in range(2))
-        outputs = value, lam, nu, weights, status, passes
-        divergence, *reals = numbers
-        run(
-            "dual",
-            losses.dtype,
-            *(KINDS.index(group), blocks, ORDERS.index(order), ctypes.c_uint64(seed), resident or blocks),
-            *(losses, costs, clean_losses, *outputs),
-            *(ctypes.c_int64(losses.shape[0]), ctypes.c_int64(losses.shape[1])),
-            *(divergence, *map(ctypes.c_double, reals)),
-        )
-        return outputs
-
-    return dual
-
-
-def backward(*tensors, blocks=2):
-    """A raw `dual_backward`, on the host shim."""
-    losses = tensors[3]
-    grads = [None if given is None else torch.full_like(given, nan) for given in tensors[3:]]
-    shape = map(ctypes.c_int64, losses.shape)
-    run("dual_backward", losses.dtype, blocks, *tensors, *grads, *shape)
-    return [losses.new_empty(0) if grad is None else grad for grad in grads]
-
-
-def run(name, dtype, *arguments):
-    function = getattr(shim(), f"{name}_{'float' if dtype == torch.float32 else 'double'}")
-    function.restype = ctypes.c_char_p
-    failure = function(*(pointer(a) if a is None or isinstance(a, torch.Tensor) else a for a in arguments))
-    assert failure is None, failure.decode()
-
-
-def pointer(tensor):
-    assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-@functools.cache
-def shim():
-    return ctypes.CDLL(str(toolchain.host_shim("dual_shim.cpp", "-O2", "-shared", "-fPIC")))
+def operators(device="cuda"):
+    """The CUDA operators for tensors of this device: those of the host shim are for CPU tensors."""
+    if device == "cpu":
+        return cuda_ops.on_shim()
+    served_by = library.backends()["dual"][0]["cuda"]
+    if served_by != "cuda":
+        pytest.skip(f"CUDA tensors are served by {served_by} here, not by armor._C_cuda")
+    return torch.ops.armor
 
 
 def tiled(problem, copies):
@@ -112,31 +68,25 @@ def assert_bit_equal(one, other):
 
 @groups
 @dtypes
+@devices
 @pytest.mark.parametrize("problem", cases.golden(), ids=str)
-def test_golden(problem, dtype, group):
-    solution = solve(kernel(group), problem, dtype)
-    cases.assert_golden(problem, solution, dtype)
-    if dtype == torch.float32:
+def test_golden(problem, device, dtype, group):
+    copies = 1 if group == "warp" else -(-LENGTHS[group] // len(problem.losses))
+    solution = solve(operators(device).dual, tiled(problem, copies), dtype, device)
+    assert_tiled_golden(problem, copies, solution, dtype)
+    if dtype == torch.float32 and copies == 1:
         assert 0 < solution.passes <= (10 if problem.costs is None else 25)
 
 
-# The same rows, long enough that every thread of the group has samples of its own.
-@pytest.mark.parametrize("group", ["block", "grid"])
-@pytest.mark.parametrize("problem", cases.golden(), ids=str)
-def test_golden_in_full_groups(problem, group):
-    copies = -(-GROUPS[group] * 300 // len(problem.losses))
-    assert_tiled_golden(problem, copies, solve(kernel(group), tiled(problem, copies)), torch.float64)
-
-
-# Lengths on both sides of a warp and of a block, and one that gives some threads of the grid a second sample. The CPU
-# operator, which is the oracle here, is judged by test_dual.py.
-@groups
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 255, 256, 257, 1000])
+# Lengths on both sides of a warp, of a block, and of what gets a warp, a block or the grid. The CPU operator, which is
+# the oracle here, is judged by test_dual.py.
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 255, 256, 257, 1000, 16_384, 16_385])
 @pytest.mark.parametrize("given", ["losses", "costs", "clean"])
-def test_lengths(n, given, group):
+def test_lengths(n, given):
     for seed, family in enumerate([("kl", None), ("alpha", 6.0), ("renyi", 1.25)]):
         problem = random_problem(n, family, seed=seed, costs=given != "losses", clean=given == "clean", shift=-2.0)
-        solution, expected = solve(kernel(group, seed=seed), problem), solve(torch.ops.armor.dual, problem)
+        solution = solve(cuda_ops.on_shim(seed=seed).dual, problem)
+        expected = solve(torch.ops.armor.dual, problem)
         spread = max(problem.losses) - min(problem.losses)
         assert solution.value.item() == pytest.approx(expected.value.item(), rel=1e-12, abs=1e-12 * spread)
         assert solution.lam.item() == pytest.approx(expected.lam.item(), rel=1e-5, abs=1e-9 * spread)
@@ -167,15 +117,15 @@ def many_rows(n=45):
     return losses, costs, losses - torch.rand(losses.shape, generator=generator, dtype=torch.float64)
 
 
-# Twelve rows for eight warps, two blocks and one grid: every group has more than one.
 @groups
 @pytest.mark.parametrize("given", ["losses", "costs", "clean"])
 @pytest.mark.parametrize("family", [("kl", None), ("alpha", 2.0), ("renyi", 2.95)], ids=lambda family: family[0])
 def test_rows(given, family, group):
-    losses, costs, clean = many_rows()
+    losses, costs, clean = many_rows(LENGTHS[group])
     tensors = losses, costs if given != "losses" else None, clean if given == "clean" else None
     numbers = Problem([], divergence=family[0], alpha=family[1]).numbers()
-    solution = cases.Solution(*kernel(group)(*tensors, *numbers))
+    dual = cuda_ops.on_shim().dual
+    solution = cases.Solution(*dual(*tensors, *numbers))
     expected = cases.Solution(*torch.ops.armor.dual(*tensors, *numbers))
     assert solution.status.tolist() == expected.status.tolist()
     assert {Status.CONVERGED, Status.NONFINITE} < set(expected.status.tolist())
@@ -184,16 +134,27 @@ def test_rows(given, family, group):
     for entry in (*solution[:3], solution.passes):
         assert not (entry.isnan() if entry.is_floating_point() else entry < 0)[expected.value.isfinite()].any()
     for row in range(len(losses)):
-        alone = kernel(group)(*(None if t is None else t[row : row + 1].contiguous() for t in tensors), *numbers)
+        alone = dual(*(None if t is None else t[row : row + 1].contiguous() for t in tensors), *numbers)
         assert_bit_equal(alone, [entry[row : row + 1] for entry in solution])
 
 
-# 1200 entries for 512 threads; the last row's mu is what a saturated row has.
+# 32 blocks for a processor are all that a launch has: these are more rows than groups.
+@pytest.mark.parametrize(("rows", "n"), [(300, 5), (40, 257)])
+def test_more_rows_than_groups(rows, n):
+    losses = torch.randn(rows, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    operators = cuda_ops.on_shim(processors=1)
+    solution, expected = (dual(losses, None, None, *NUMBERS) for dual in (operators.dual, torch.ops.armor.dual))
+    assert operators.launched[0].blocks == 32
+    torch.testing.assert_close(solution[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(solution[3], expected[3], rtol=1e-5, atol=1e-9)
+
+
+# 12000 entries for 8192 threads; the last row's mu is what a saturated row has.
 @dtypes
 @pytest.mark.parametrize("given", ["losses", "costs", "clean", "costs and clean"])
 def test_backward(dtype, given):
     generator = torch.Generator().manual_seed(0)
-    losses, weights = (torch.rand(3, 400, generator=generator).to(dtype) for _ in range(2))
+    losses, weights = (torch.rand(3, 4000, generator=generator).to(dtype) for _ in range(2))
     weights[:, ::5] = 0
     costs = torch.rand(losses.shape, generator=generator).to(dtype)
     costs[:, ::10] = inf
@@ -201,7 +162,8 @@ def test_backward(dtype, given):
         *(torch.tensor(values, dtype=dtype) for values in ([1.7, -2.0, 1.0], [0.3, 0.7, 0.0])),
         *(weights, losses, costs if "costs" in given else None, losses - 0.2 if "clean" in given else None),
     )
-    for grad, expected in zip(backward(*tensors), reference.dual_backward(*tensors), strict=True):
+    grads = cuda_ops.on_shim(processors=1).dual_backward(*tensors)
+    for grad, expected in zip(grads, reference.dual_backward(*tensors), strict=True):
         torch.testing.assert_close(grad, expected, rtol=2e-7 if dtype == torch.float32 else 1e-15, atol=0)
 
 
@@ -209,60 +171,20 @@ def test_backward(dtype, given):
 # schedules
 
 
+# As many processors as hold all blocks, or let some of them wait. On the grid their number changes the sums.
 @groups
 def test_any_schedule_gives_the_same_bits(group):
-    numbers = Problem([], divergence="renyi", alpha=1.25).numbers()
-    tensors = [t[[3, 9, 6]].contiguous() for t in many_rows(300 if group == "grid" else 70)]
-    first = kernel(group, order="forward")(*tensors, *numbers)
+    tensors = [t[[3, 9, 6]].contiguous() for t in many_rows(LENGTHS[group])]
+    first = cuda_ops.on_shim("forward").dual(*tensors, *NUMBERS)
     schedules = [{"order": "reverse"}, *({"seed": seed} for seed in range(28))]
     if group != "grid":
-        schedules += [{"blocks": 3}, {"blocks": 3, "resident": 1}, {"blocks": 5, "resident": 2}]
+        schedules += [{"processors": 1}, {"processors": 2}, {"processors": 1, "order": "reverse"}]
     for schedule in schedules:
-        assert_bit_equal(first, kernel(group, **schedule)(*tensors, *numbers))
-
-
-# Every sort of row and group, compared with a group of one thread; three schedules find what reads or writes where it
-# must not, and a data race is one under any schedule.
-@pytest.mark.parametrize(("sanitizer", "schedules"), [("address", 3), ("thread", 1)])
-def test_sanitizers(sanitizer, schedules):
-    program = toolchain.sanitized("dual_shim.cpp", sanitizer)
-    result = subprocess.run([program, str(schedules)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout == "all right\n"
+        assert_bit_equal(first, cuda_ops.on_shim(**schedule).dual(*tensors, *NUMBERS))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# what nvcc makes of the source
-
-
-# Two blocks of 256 threads fit a processor's registers if a thread takes 128 at most. Local memory would be traffic
-# that nobody asked for.
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
-@pytest.mark.parametrize("real", ["float", "double"])
-def test_registers_and_memory(arch, real):
-    report = toolchain.ptxas_report("dual.cu", arch, f"-DREAL={real}")
-    assert "warning" not in report, report
-    assert re.findall(r"Compiling entry function '\w+' for 'sm_(\d+)'", report) == [str(arch)] * 4
-    local = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert local == [("0", "0", "0")] * 4
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-    assert len(registers) == 4
-    assert max(registers) <= 128
-    assert max(int(count) for count in re.findall(r"(\d+) bytes smem", report)) <= 8192
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# on a GPU: the operator, with the launches of csrc/cuda/dual.cu
-
-# The shortest rows that get a group of this kind, or a little more.
-LENGTHS = {"warp": 100, "block": 300, "grid": 17_000}
-
-
-def operator():
-    served_by = library.backends()["dual"][0]["cuda"]
-    if served_by != "cuda":
-        pytest.skip(f"CUDA tensors are served by {served_by} here, not by armor._C_cuda")
-    return torch.ops.armor.dual
+# on a GPU
 
 
 def random_rows(n, seed=0):
@@ -272,25 +194,13 @@ def random_rows(n, seed=0):
     return losses.exp(), 0.1 * costs, losses.exp() - gains
 
 
-NUMBERS = Problem([], divergence="renyi", alpha=1.25).numbers()
-
-
-@pytest.mark.gpu
-@groups
-@dtypes
-@pytest.mark.parametrize("problem", cases.golden(), ids=str)
-def test_golden_on_the_device(problem, dtype, group):
-    copies = 1 if group == "warp" else -(-LENGTHS[group] // len(problem.losses))
-    assert_tiled_golden(problem, copies, solve(operator(), tiled(problem, copies), dtype, "cuda"), dtype)
-
-
 @pytest.mark.gpu
 @groups
 @pytest.mark.parametrize("given", ["losses", "costs", "clean"])
 def test_rows_on_the_device(given, group):
     losses, costs, clean = many_rows(LENGTHS[group])
     tensors = losses, costs if given != "losses" else None, clean if given == "clean" else None
-    solution = operator()(*(None if t is None else t.cuda() for t in tensors), *NUMBERS)
+    solution = operators().dual(*(None if t is None else t.cuda() for t in tensors), *NUMBERS)
     expected = torch.ops.armor.dual(*tensors, *NUMBERS)
     assert solution[4].tolist() == expected[4].tolist()
     torch.testing.assert_close(solution[0].cpu(), expected[0], rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -301,15 +211,15 @@ def test_rows_on_the_device(given, group):
 @groups
 def test_reruns_are_bit_equal(group):
     rows = random_rows(LENGTHS[group])
-    first = operator()(*rows, *NUMBERS)
+    first = operators().dual(*rows, *NUMBERS)
     for _ in range(10):
-        assert_bit_equal(first, operator()(*rows, *NUMBERS))
+        assert_bit_equal(first, operators().dual(*rows, *NUMBERS))
 
 
 @pytest.mark.gpu
 @groups
 def test_cuda_graphs(group):
-    dual, dual_backward = operator(), torch.ops.armor.dual_backward
+    dual, dual_backward = operators().dual, operators().dual_backward
     rows, ones = random_rows(LENGTHS[group]), torch.ones(5, device="cuda")
 
     def step():
@@ -332,7 +242,7 @@ def test_cuda_graphs(group):
 @pytest.mark.gpu
 @groups
 def test_streams(group):
-    dual = operator()
+    dual = operators().dual
     rows = [random_rows(LENGTHS[group], seed) for seed in (1, 2)]
     expected = [dual(*given, *NUMBERS) for given in rows]
     arriving = [tuple(torch.zeros_like(t) for t in given) for given in rows]
@@ -357,7 +267,7 @@ def test_streams(group):
 @pytest.mark.gpu
 @groups
 def test_no_host_synchronisation(group):
-    operator()
+    operators()
     losses, costs, clean = (t.requires_grad_() for t in random_rows(LENGTHS[group]))
 
     def step():
@@ -375,7 +285,7 @@ def test_no_host_synchronisation(group):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "copies"), [(3, 2**25), (2**26 + 1, 1)])
 def test_offsets_beyond_32_bits(rows, copies):
-    dual, dual_backward = operator(), torch.ops.armor.dual_backward
+    dual, dual_backward = operators().dual, operators().dual_backward
     needed = 4 * 4 * rows * copies * 32  # losses, weights, gradients, and one to spare
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of device memory")

@@ -1,100 +1,49 @@
 """Installs as strangers do them: bare, editable, on a CPU-only PyTorch, with odd toolkits, with no PyTorch.
 
-Every test runs pip, with its build isolation, in fresh virtual environments on a copy of the sources. The
-environments see the PyTorch of the environment that runs the tests through a .pth file, so that nothing large
-is downloaded, except where another PyTorch is the point.
+Every test runs pip, with its build isolation, in fresh virtual environments on the unpacked sdist. The environments see
+the PyTorch of the environment that runs the tests through a .pth file, so that nothing large is downloaded, except
+where another PyTorch is the point; that test is the last one, because its compiler does all the work again.
 """
 
 import json
 import os
-import shutil
-import subprocess
 import sys
-import venv
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from environments import (
+    CPU_TORCH,
+    ROOT,
+    cpu_torch,
+    environment,
+    pip_install,
+    pip_refuses,
+    report,
+    run,
+    site_packages,
+    smoke,
+)
 
 pytestmark = pytest.mark.install
 
-ROOT = Path(__file__).parent.parent
-CPU_TORCH = "2.13.0+cpu"
 NO_SUCH_PLACE = "/no/such/toolkit"
 
 needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is not a CUDA build")
 
-# KL over losses 0 and 1, radius above log(2): the worst case, and so the gradient, is the larger loss alone.
-SMOKE = """
-import torch, armor, armor.library
-losses = torch.tensor([0.0, 1.0], requires_grad=True)
-value = armor.dc_loss(losses, radius=1.0)
-value.backward()
-print(armor.__file__, armor.library.backends()["dual"][0]["cpu"], value.item(), losses.grad.tolist(), sep="|")
-"""
-
-
-def environment(folder, *, sees_torch):
-    """The python of a new virtual environment; with `sees_torch` it finds the packages of this one too."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin/python"
-    if sees_torch:
-        (purelib,) = folder.glob("lib/python*/site-packages")
-        here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        (purelib / "parent.pth").write_text("\n".join(here) + "\n")
-    return python
-
-
-def run(python, *arguments, cwd, **variables):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("ARMOR_CUDA", "ARMOR_BACKEND", "TRITON_INTERPRET")}
-    return subprocess.run(
-        [str(python), *map(str, arguments)],
-        cwd=cwd,
-        env=inherited | variables,
-        capture_output=True,
-        text=True,
-    )
-
-
-def pip_install(python, *what, **variables):
-    """pip's output. With ARMOR_CUDA=0 unless said otherwise, because nvcc takes its time."""
-    result = run(python, "-m", "pip", "install", *what, cwd="/", **({"ARMOR_CUDA": "0"} | variables))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def pip_refuses(python, *what, **variables):
-    result = run(python, "-m", "pip", "install", *what, cwd="/", **variables)
-    assert result.returncode != 0
-    return " ".join((result.stdout + result.stderr).split())
-
-
-def smoke(python):
-    """Where armor was imported from, after its loss and gradient were found right."""
-    result = run(python, "-c", SMOKE, cwd="/")
-    assert result.returncode == 0, result.stderr
-    path, *rest = result.stdout.strip().split("|")
-    assert rest == ["cpp", "1.0", "[0.0, 1.0]"]
-    return Path(path)
-
-
-def report(python):
-    result = run(python, "-m", "armor", cwd="/")
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy of what a clone holds, shared because its object files save later builds most of their time."""
-    folder = tmp_path_factory.mktemp("clone") / "armor"
-    folder.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
-    for name in ("csrc", "armor_kernels", "python"):
-        shutil.copytree(ROOT / name, folder / name, ignore=built)
-    return folder
+    """The unpacked sdist, shared because its object files save later builds most of their time."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    result = run(sys.executable, "-c", build, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    (packed,) = folder.glob("armor-*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / packed.name.removesuffix(".tar.gz")
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +51,14 @@ def python(tmp_path_factory):
     return environment(tmp_path_factory.mktemp("venv"), sees_torch=True)
 
 
-@pytest.fixture(scope="module")
-def wheel(python, sources, tmp_path_factory):
-    """Built in isolation against the PyTorch that runs the tests."""
-    folder = tmp_path_factory.mktemp("wheel")
-    result = run(python, "-m", "pip", "wheel", "--no-deps", "-w", folder, sources, cwd="/", ARMOR_CUDA="0")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return next(folder.glob("armor-*.whl"))
-
-
-@pytest.fixture(scope="module")
-def cpu_python(tmp_path_factory):
-    """An environment with a CPU-only PyTorch of another version than the newest."""
-    python = environment(tmp_path_factory.mktemp("cpu"), sees_torch=False)
-    found = run(python, "-m", "pip", "install", f"torch=={CPU_TORCH}", cwd="/")
-    if found.returncode:
-        pytest.skip(f"torch=={CPU_TORCH} cannot be had from the configured indexes: {found.stderr.splitlines()[-1]}")
-    return python
+def test_the_sdist_holds_all_sources_and_nothing_built(sources):
+    for folder in ("csrc", "armor_kernels", "python/armor"):
+        kept, packed = (
+            {str(path.relative_to(root)) for path in (root / folder).rglob("*") if path.is_file()}
+            for root in (ROOT, sources)
+        )
+        built = {path for path in kept if "__pycache__" in path or path.endswith((".so", "_build.json"))}
+        assert packed == kept - built
 
 
 def test_bare_install(python, sources):
@@ -126,19 +66,17 @@ def test_bare_install(python, sources):
     assert python.parent.parent in smoke(python).parents
     assert "ARMOR_CUDA=0 was set when armor was built" in report(python)
     # Nothing outside the two packages, and no tests or benchmarks, in the caller's environment.
-    (installed,) = python.parent.parent.glob("lib/python*/site-packages/armor-*.dist-info/RECORD")
+    (installed,) = site_packages(python).glob("armor-*.dist-info/RECORD")
     tops = {line.split("/")[0].split(",")[0] for line in installed.read_text().splitlines()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"armor", "armor_kernels", ".."}
 
 
-def test_one_wheel_serves_every_python_and_leaves_out_stale_modules(python, sources, wheel):
-    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
+def test_a_stale_module_is_left_out(python, sources):
     stale = sources / "python/armor/_C_cuda.abi3.so"
     stale.write_bytes(b"of an earlier editable install")
     try:
         pip_install(python, sources)
-        (package,) = python.parent.parent.glob("lib/python*/site-packages/armor")
-        assert sorted(path.name for path in package.glob("_C*")) == ["_C.abi3.so"]
+        assert sorted(path.name for path in (site_packages(python) / "armor").glob("_C*")) == ["_C.abi3.so"]
     finally:
         stale.unlink()
 
@@ -150,20 +88,6 @@ def test_editable_install(python, sources):
     modified = max(path.stat().st_mtime_ns for path in (sources / "build/objects").rglob("*.o"))
     pip_install(python, "-e", sources)
     assert modified == max(path.stat().st_mtime_ns for path in (sources / "build/objects").rglob("*.o"))
-
-
-def test_bare_install_on_cpu_only_torch(cpu_python, sources):
-    pip_install(cpu_python, sources, ARMOR_CUDA="")
-    smoke(cpu_python)
-    said = report(cpu_python)
-    assert f"torch                    {CPU_TORCH} (CPU only)" in said
-    assert f"cuda (armor/_C_cuda)     missing; torch {CPU_TORCH} is not a CUDA build" in said
-
-
-def test_a_wheel_built_with_one_torch_runs_on_another(cpu_python, wheel):
-    pip_install(cpu_python, "--force-reinstall", "--no-deps", wheel)
-    smoke(cpu_python)
-    assert f"built with               torch {torch.__version__}" in report(cpu_python)
 
 
 def test_without_torch_one_sentence_says_what_to_do(tmp_path, sources):
@@ -221,7 +145,15 @@ def test_an_nvcc_shim_on_path_does_not_hide_the_toolkit(tmp_path, python, source
     path = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
     # One architecture is enough: what used to fail is the link.
     pip_install(python, sources, ARMOR_CUDA="1", CUDA_HOME="", CUDA_PATH="", PATH=path, TORCH_CUDA_ARCH_LIST="9.0")
-    (package,) = python.parent.parent.glob("lib/python*/site-packages/armor")
-    assert json.loads((package / "_build.json").read_text())["architectures"] == "9.0"
+    assert json.loads((site_packages(python) / "armor/_build.json").read_text())["architectures"] == "9.0"
     assert "cuda (armor/_C_cuda)     available" in report(python)
     assert "cuda by cuda" in report(python)
+
+
+def test_bare_install_on_cpu_only_torch(tmp_path_factory, sources):
+    python = cpu_torch(tmp_path_factory)
+    pip_install(python, sources, ARMOR_CUDA="")
+    smoke(python)
+    said = report(python)
+    assert f"torch                    {CPU_TORCH} (CPU only)" in said
+    assert f"cuda (armor/_C_cuda)     missing; torch {CPU_TORCH} is not a CUDA build" in said

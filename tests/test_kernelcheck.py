@@ -91,7 +91,7 @@ def test_other_processors():
 # Every 16-bit number there is, and roundings of float32 to them: ties, carries, subnormals and overflow among them.
 @pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_16_bit_types(name, dtype):
-    library = ctypes.CDLL(str(toolchain.host_shim("rowloss_shim.cpp", "-O2", "-shared", "-fPIC")))
+    library = ctypes.CDLL(str(toolchain.host_shim("conversions.cpp", "-O2", "-shared", "-fPIC")))
 
     def convert(function, given, to):
         converted = torch.zeros(given.shape, dtype=to)

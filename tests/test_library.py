@@ -134,6 +134,15 @@ def test_a_module_that_does_not_load_is_no_import_error(bare_package):
     assert "file too short" in answer or "invalid ELF header" in answer
 
 
+def test_a_module_for_another_major_version_of_cuda_is_not_loaded(bare_package):
+    (bare_package / "armor/_C_cuda.abi3.so").write_bytes(b"not a shared object, but nobody looks")
+    (bare_package / "armor/_build.json").write_text('{"cuda": "9.2"}')
+    code = "import armor.library as l; print(l.backends()['dual'][1]['cuda'])"
+    has = f"has CUDA {torch.version.cuda}" if torch.version.cuda else "is not a CUDA build"
+    expected = f"armor/_C_cuda.abi3.so was built for CUDA 9.2, but torch {torch.__version__} {has}"
+    assert run(code, path=bare_package) == expected
+
+
 def test_what_setup_noted_is_the_reason_given(bare_package):
     (bare_package / "armor/_build.json").write_text('{"missing": {"_C_cuda": "the dog ate it"}}')
     code = "import armor.library as l; print(l.backends()['dual'][1]['cuda'])"

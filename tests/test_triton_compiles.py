@@ -1,10 +1,11 @@
 """The Triton kernels, compiled ahead of time for real architectures without a device: what the interpreter accepts the
-compiler may not, and a kernel that spills is a slow one. tests/test_*_triton.py say what they compute.
+compiler may not, and a kernel that spills is a slow one. tests/test_*_triton.py say what they compute; `make audit`
+asks of every architecture what is asked of two here.
 """
 
-import re
-import subprocess
-from pathlib import Path
+import fnmatch
+import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,250 +13,215 @@ import torch
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("compiles, so Triton must not interpret", allow_module_level=True)
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton.language as tl  # noqa: E402
+from kernelcheck import compiled, launches, representative, toolchain  # noqa: E402
+from kernelcheck.compiled import Facts, check, facts_of_launch  # noqa: E402
+from kernelcheck.launches import TARGETS, launches_of  # noqa: E402
 
-from armor.library import ROWLOSS_STATS  # noqa: E402
-from armor_kernels import dual as dual_kernels  # noqa: E402
-from armor_kernels import rowloss as rowloss_kernels  # noqa: E402
-from armor_kernels import transport as transport_kernels  # noqa: E402
-from armor_kernels.launch import block_of  # noqa: E402
+from armor import reference  # noqa: E402
+from armor_kernels import dual, rowloss, transport  # noqa: E402
 
-TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)), GPUTarget("hip", "gfx942", 64)]
-SM_90, GFX942 = TARGETS[1], TARGETS[-1]
-on_every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
-
-
-def compile_for(target, kernel, types, constants, **options):
-    """The compiled kernel for arguments of these types and constants (None: not given), by name. What is in neither is
-    a float64 number; all pointers are aligned to 16 bytes. `options` are those of a launch, such as num_warps."""
-    unknown = {*types, *constants} - {*kernel.arg_names}
-    assert not unknown, f"{kernel.__name__} has no {unknown}"
-    signature = {name: "constexpr" if name in constants else types.get(name, "fp64") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options=options)
-
-
-def tool(name, *arguments):
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def spilled_bytes(compiled, target, folder):
-    if target.backend == "hip":
-        return 4 * int(re.search(r"vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[1])
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    return int(re.search(r"STACK:(\d+)", tool("cuobjdump", "-res-usage", cubin))[1])
-
-
-def vector_accesses(compiled, target):
-    """How many loads and stores of 16 bytes the kernel has."""
-    if target.backend == "hip":
-        patterns = (r"(?:buffer|global)_load_dwordx4", r"(?:buffer|global)_store_dwordx4")
-        return tuple(len(re.findall(pattern, compiled.asm["amdgcn"])) for pattern in patterns)
-    patterns = (rf"{access}\.global[.\w:]*\.(?:v4\.b32|v2\.b64)" for access in ("ld", "st"))
-    return tuple(len(re.findall(pattern, compiled.asm["ptx"])) for pattern in patterns)
-
-
-# ---- dual -----------------------------------------------------------------------------------------------------------
-
-
-def compile_dual(target, kernel, n, real, **constants):
-    """The kernel for rows of n samples of dtype `real`."""
-    block, warps = block_of(n)
-    constants["BLOCK"] = block
-    types = {name: f"*{real}" for name in kernel.arg_names if name.endswith("_ptr")}
-    integers = {"status_ptr": "*i32", "passes_ptr": "*i32", "n": "i32", "total": "i32"}
-    types |= {name: integers[name] for name in kernel.arg_names if name in integers}
-    return compile_for(target, kernel, types, constants, num_warps=warps)
-
-
-# The least and the most that a row can ask for, the family with the longest formulas, and both block sizes.
-@pytest.mark.parametrize(
-    ("n", "real", "constants"),
-    [
-        (128, "fp32", {"KIND": 0, "COSTS": False, "CLEAN": False}),
-        (4096, "fp32", {"KIND": 1, "COSTS": False, "CLEAN": False}),
-        (30, "fp64", {"KIND": 2, "COSTS": True, "CLEAN": True}),
-    ],
-    ids=["kl", "alpha", "renyi-costs-clean"],
-)
-@on_every_target
-def test_dual_compiles(target, n, real, constants, tmp_path):
-    compiled = compile_dual(target, dual_kernels._dual, n, real, **constants)
-    # The scalar machine keeps some 60 float64 alive; a few spilled words per round cost nothing beside its loops.
-    assert spilled_bytes(compiled, target, tmp_path) <= 128
-
-
-@on_every_target
-def test_dual_backward_compiles(target, tmp_path):
-    compiled = compile_dual(target, dual_kernels._dual_backward, 100_000, "fp32", COSTS=True, CLEAN=True)
-    assert spilled_bytes(compiled, target, tmp_path) == 0
-
-
-# ---- transport ------------------------------------------------------------------------------------------------------
-
-# Kind, norm and variant of every branch of a step, and what its launch may be given.
-STEPS = {
-    "linf": (0, 0, 0),
-    "l2": (1, 0, 0),
-    "l1": (2, 0, 0),
-    "norm_power-inf-sign": (3, 0, 0),
-    "norm_power-1-normalised": (3, 1, 1),
-    "norm_power-2-normalised": (3, 2, 1),
-    "soft_ball-before": (4, 0, 1),
-    "binary": (5, 0, 0),
+LAUNCHES = {
+    f"{launch.kernel.__name__} {variant}": (launch, {"sm_90", "gfx942"}.intersection(archs))
+    for variant, launch, archs in representative.triton_launches()
 }
-GIVEN = {"mu_ptr", "radii_ptr", "active_ptr", "seeds_ptr", "mean_ptr", "std_ptr", "feed_ptr", "costs_ptr"}
-CIFAR, IMAGENET = (2, 3, 32, 32), (2, 3, 224, 224)
-every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+on = pytest.mark.parametrize("arch", TARGETS)
 
 
-def compile_transport(target, kernel, shape, dtype="fp32", given=GIVEN, layout=torch.contiguous_format, **constants):
-    """The kernel as its launcher asks for it at samples of that shape, with those of the optional tensors; gradient,
-    feed and x have one dtype."""
-    kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-    x = torch.empty(shape, dtype=kinds[dtype], device="meta", memory_format=layout)
-    geometry = transport_kernels._geometry(x)
-    options = {name: geometry.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    real = "fp64" if dtype == "fp64" else "fp32"
-    types = dict.fromkeys(("units", "channels", "spatial"), "i32")
-    types |= dict.fromkeys(("costs_ptr", "mu_ptr", "radii_ptr", "mean_ptr", "std_ptr"), f"*{real}")
-    types |= dict.fromkeys(("x_adv_ptr", "grad_ptr", "x_ptr", "x_next_ptr", "feed_ptr"), f"*{dtype}")
-    types |= {"status_ptr": "*i32", "active_ptr": "*i1", "seeds_ptr": "*i64"}
-    constants |= {name: geometry[name] for name in ("UNIT", "LAST", "SINGLE", "BLOCK")}
-    constants |= dict.fromkeys(GIVEN - given)
-    # Triton makes a constant of every integer that is 1, unless told not to
-    constants |= {name: 1 for name in ("channels", "spatial") if geometry[name] == 1} | {"mu_stride": 1}
-    wanted = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in wanted}
-    types = {name: value for name, value in types.items() if name in wanted and name not in constants}
-    return compile_for(target, kernel, types, constants, **options)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_budget(name):
+    launch, archs = LAUNCHES[name]
+    assert "sm_90" in archs
+    assert [wrong for arch in archs for wrong in check(facts_of_launch(launch, arch), name, arch)] == []
 
 
-def compile_step(target, step, shape, dtype="fp32", given=GIVEN, layout=torch.contiguous_format, targeted=True):
-    kind, norm, variant = step
-    if kind not in (3, 4):
-        given = given - {"costs_ptr"}
-    numbers = {"KIND": kind, "NORM": norm, "VARIANT": variant, "TARGETED": targeted, "ROUND": kind == 5}
-    return compile_transport(target, transport_kernels._step, shape, dtype, given, layout, **numbers)
+def test_every_kernel_has_a_representative():
+    modules = (dual, rowloss, transport)
+    functions = [each for module in modules for each in vars(module).values() if isinstance(each, triton.JITFunction)]
+    kernels = {each.__name__ for each in functions if "tl.program_id(" in inspect.getsource(each.fn)}
+    assert {launch.kernel.__name__ for launch, _ in LAUNCHES.values()} == kernels
 
 
-# A CIFAR image is held in registers: 16 elements a thread are four vectors of each tensor that is read or written.
-@every_step
-@on_every_target
-def test_step_with_everything_compiles(target, step, tmp_path):
-    compiled = compile_step(target, step, CIFAR)
-    assert spilled_bytes(compiled, target, tmp_path) == 0
-    lanes = 2 if target.backend == "hip" else 4  # warps of 64 threads hold half as much in each
-    assert vector_accesses(compiled, target) == (3 * lanes, 2 * lanes)
+def test_every_exception_is_used():
+    patterns = {entry["kernel"] for entry in compiled.budgets() if entry["kernel"].startswith("_")}
+    assert len(patterns) > 10
+    assert [pattern for pattern in patterns if not fnmatch.filter(LAUNCHES, pattern)] == []
 
 
-# Larger samples are read in blocks of 8 elements a thread, in every pass again.
-@every_step
-@pytest.mark.parametrize("target", [SM_90, GFX942], ids=lambda target: str(target.arch))
-def test_step_of_a_large_sample_compiles(target, step, tmp_path):
-    compiled = compile_step(target, step, IMAGENET)
-    assert spilled_bytes(compiled, target, tmp_path) == 0
-    loads, stores = vector_accesses(compiled, target)
-    assert loads >= 4
-    assert stores >= 2
+# ---- budgets name what is wrong ------------------------------------------------------------------------------------
 
 
-# Half precision has 8 elements in a vector and float64 two; 2700 is a multiple of 4 but not of 8 or 16.
+@triton.jit
+def _transpose(from_ptr, to_ptr, BLOCK: tl.constexpr):
+    row, column = tl.arange(0, 64)[:, None], tl.arange(0, BLOCK // 64)[None, :]
+    tl.store(to_ptr + row + 64 * column, tl.load(from_ptr + row * (BLOCK // 64) + column))
+
+
+def images(*shape, offset=0):
+    return torch.empty(offset + torch.Size(shape).numel(), device="meta")[offset:].view(shape)
+
+
+def step_of(x):
+    none = [None] * 6
+    (launch,) = launches_of(
+        transport.transport_step, x, x, x, *none, 0, 0.1, 0.1, 1.0, 1.0, 0, 0, 0.0, 1.0, False, False, None
+    )
+    return launch
+
+
+def wrong(launch, name, arch):
+    return [violation.partition(": ")[2] for violation in check(facts_of_launch(launch, arch), name, arch)]
+
+
+# One warp for a sample that eight, or on AMD sixteen, hold in their registers.
+@pytest.mark.parametrize(("arch", "shape"), [("sm_90", (2, 3, 32, 32)), ("gfx942", (2, 4, 64, 64))])
+def test_a_kernel_that_spills_is_named(arch, shape):
+    launch, name = step_of(images(*shape)), "_step soft_ball bare"
+    assert wrong(launch, name, arch) == []
+    crowded = replace(launch, options=launch.options | {"num_warps": 1})
+    facts = facts_of_launch(crowded, arch)
+    assert facts.spills > 10
+    found = wrong(crowded, name, arch)
+    assert f"local {facts.local}, not at most 0" in found
+    assert f"registers {facts.registers}, not at most 128" in found
+
+
+# A slice of a larger tensor, of which the result is none, and images whose rows do not end at a multiple of 16 bytes.
+@on
 @pytest.mark.parametrize(
-    ("dtype", "shape", "loads"),
-    [("fp16", CIFAR, 6), ("bf16", CIFAR, 6), ("fp64", CIFAR, 24), ("fp32", (2, 3, 30, 30), 12)],
-    ids=["fp16", "bf16", "fp64", "2700"],
+    ("x", "found"),
+    [
+        (images(2, 3, 32, 32, offset=1), ["reads 0, not at least 3"]),
+        (images(2, 3, 31, 31), ["reads 0, not at least 3", "writes 0, not at least 1"]),
+    ],
+    ids=["offset", "odd"],
 )
-@pytest.mark.parametrize("step", [STEPS["linf"], STEPS["l1"]], ids=["linf", "l1"])
-def test_step_of_other_samples_compiles(step, dtype, shape, loads, tmp_path):
-    compiled = compile_step(SM_90, step, shape, dtype=dtype, given=set(), targeted=False)
-    assert spilled_bytes(compiled, SM_90, tmp_path) == 0
-    assert vector_accesses(compiled, SM_90)[0] == loads
+def test_scalar_accesses_are_named(arch, x, found):
+    assert wrong(step_of(x), "_step linf 3x32x32 bare", arch) == found
 
 
-# Images of one channel and rows, whose sizes become constants; and the layout in which channels are innermost.
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [((2, 1, 28, 28), torch.contiguous_format), ((2, 784), torch.contiguous_format), (CIFAR, torch.channels_last)],
-    ids=["mnist", "rows", "channels_last"],
-)
-@pytest.mark.parametrize("step", [STEPS["l2"], STEPS["binary"]], ids=["l2", "binary"])
-def test_step_of_other_layouts_compiles(step, shape, layout, tmp_path):
-    compiled = compile_step(SM_90, step, shape, layout=layout)
-    assert spilled_bytes(compiled, SM_90, tmp_path) == 0
-    loads, stores = vector_accesses(compiled, SM_90)
-    assert (min(loads, 12), stores) == (12, 8)  # of rows, whose every entry is a channel, also mean and std are vectors
+@on
+def test_shared_memory_is_named(arch):
+    square = images(64 * 512)
+    with launches.given_to(lambda launch: found.append(launch)):
+        found = []
+        _transpose[(1,)](square, square, BLOCK=64 * 512)
+    facts = facts_of_launch(found[0], arch)
+    assert f"shared {facts.shared}, not at most 16384" in wrong(found[0], "_transpose", arch)
 
 
-def test_a_step_of_cifar_leaves_room_for_two_programs(tmp_path):
-    """Programs that share a multiprocessor load while others compute; an A100 or H100 has 65536 registers on each.
-    Triton 3.8 leaves room for three, with 80 registers; Triton 3.9 takes 104."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compile_step(SM_90, STEPS["linf"], CIFAR, given={"mean_ptr", "std_ptr", "feed_ptr"}).asm["cubin"])
-    registers = int(re.search(r"REG:(\d+)", tool("cuobjdump", "-res-usage", cubin))[1])
-    assert 2 * 8 * 32 * registers <= 65536
+def test_occupancy():
+    """By hand: registers come in portions of 256 a warp, and every block loses 1 KiB of shared memory."""
+    facts = Facts(registers=128, local=0, spills=0, shared=0, threads=256, reads=0, writes=0)
+    assert [facts.blocks(arch) for arch in ("sm_80", "sm_120")] == [2, 2]
+    assert replace(facts, registers=129).blocks("sm_90") == 1
+    assert replace(facts, registers=32).blocks("sm_90") == 8
+    assert replace(facts, registers=32).warps("sm_120") == 48
+    assert [replace(facts, registers=16, threads=32).blocks(arch) for arch in ("sm_80", "sm_120")] == [32, 24]
+    assert [replace(facts, shared=48 * 1024).blocks(arch) for arch in ("sm_80", "sm_120")] == [2, 2]
+    assert [replace(facts, shared=99 * 1024).blocks(arch) for arch in ("sm_80", "sm_90", "sm_120")] == [1, 2, 1]
+    assert replace(facts, shared=164 * 1024).blocks("sm_80") == 0
+    assert "blocks 0, not at least 1" in check(replace(facts, shared=164 * 1024), "_any", "sm_80")[-1]
 
 
-@pytest.mark.parametrize("start", range(5), ids=["linf", "l2", "l1", "gaussian", "clean"])
-@on_every_target
-def test_start_compiles(target, start, tmp_path):
-    given = GIVEN - {"seeds_ptr"} if start == 4 else GIVEN
-    compiled = compile_transport(target, transport_kernels._init, CIFAR, given=given, START=start)
-    assert spilled_bytes(compiled, target, tmp_path) == 0
-    lanes = 2 if target.backend == "hip" else 4
-    assert vector_accesses(compiled, target) == (lanes, 2 * lanes)
+# The path that CUDA kernels take; `make audit` asks it of all of them.
+SPILLING = r"""
+__global__ void __launch_bounds__(256) crowd(const double* from, double* to, int n) {
+  __shared__ double kept[2048 + 64];
+  double many[300];
+  for (int i = 0; i < 300; ++i) many[i] = from[i * n + threadIdx.x];
+  kept[threadIdx.x] = many[n % 300];
+  __syncthreads();
+  to[threadIdx.x] = kept[n] + many[(n + 7) % 300];
+}
+"""
 
 
-@every_step
-def test_cost_compiles(step, tmp_path):
-    kind, norm, _ = step
-    for target in (SM_90, GFX942):
-        compiled = compile_transport(target, transport_kernels._cost, CIFAR, KIND=kind, NORM=norm)
-        assert spilled_bytes(compiled, target, tmp_path) == 0
-        assert vector_accesses(compiled, target)[0] == (4 if target is GFX942 else 8)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_cuda_kernels_are_read_alike(arch, tmp_path):
+    source = tmp_path / "crowd.cu"
+    source.write_text(SPILLING)
+    cubin = toolchain.cubin(source, int(arch.removeprefix("sm_"))).read_bytes()
+    ((name, facts),) = compiled.facts_of_cubin(cubin, arch, 256).items()
+    assert (name, facts.shared) == ("crowd", 8 * (2048 + 64))
+    assert facts.local >= 8 * 300
+    assert facts.spills > 100
+    assert len(check(facts, name, arch)) == 2
 
 
-# ---- rowloss --------------------------------------------------------------------------------------------------------
+# ---- launches are compiled as for a device -------------------------------------------------------------------------
 
 
-def compile_rowloss(target, kernel, classes, dtype, **constants):
-    """The kernel for rows of that many classes and logits of `dtype`, with every output that its kind has."""
-    real = "fp64" if dtype == "fp64" else "fp32"
-    rows, block, warps = rowloss_kernels.tile_of(classes, 8 if real == "fp64" else 4)
-    constants |= {"CLASSES": classes, "ROWS": rows, "BLOCK": block, "COLUMNS": ROWLOSS_STATS[constants["KIND"]]}
-    types = {name: f"*{real}" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= {name: f"*{dtype}" for name in types if name.endswith(("logits_ptr", "natural_ptr"))}
-    integers = {"target_ptr": "*i64", "rows": "i32", "n": "i32", "tiles": "i32", "ignore_index": "i64"}
-    types |= {name: integers[name] for name in kernel.arg_names if name in integers}
-    return compile_for(target, kernel, types, constants, num_warps=warps)
+def test_specialisation():
+    """Types and hints follow Triton's rules: pointers and integers that 16 divides are marked, 1 and None are constants
+    unless the kernel says otherwise, and Python numbers go over as the annotation or their size asks."""
+    x = torch.empty(2, 1, 32, 32)
+    shifted = torch.empty(x.numel() + 1)[1:].view(x.shape)
+    mu, active = torch.ones(2), torch.ones(2, dtype=torch.bool)
+    given = x, shifted, x, mu, None, active, None, None, None
+    (launch,) = launches_of(transport.transport_step, *given, 0, 0.1, 0.1, 1.0, 1.0, 0, 0, 0.0, 1.0, False, False, None)
+    source = launch.compiled(TARGETS["sm_90"]).src
+    names = launch.kernel.arg_names
+    types = {name: type for name, type in source.signature.items() if type != "constexpr"}
+    assert types == {
+        **dict.fromkeys(("x_adv_ptr", "grad_ptr", "x_ptr", "x_next_ptr", "mu_ptr"), "*fp32"),
+        **{"status_ptr": "*i32", "active_ptr": "*u1", "units": "i32", "spatial": "i32"},
+        **dict.fromkeys(("radius", "step_size", "weight", "power", "lo", "hi"), "fp64"),
+    }
+    hinted = {names[path[0]] for path, hints in source.attrs.items() if ["tt.divisibility", 16] in hints}
+    assert hinted == {"x_adv_ptr", "x_ptr", "x_next_ptr", "status_ptr", "mu_ptr", "active_ptr", "spatial"}
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    assert constants["mu_stride"] == constants["channels"] == 1
+    assert constants["costs_ptr"] is constants["seeds_ptr"] is None
+    assert constants["UNIT"] == 16
 
 
-# Several rows to a program, one row, and a row of many blocks, each where it needs most registers.
-@pytest.mark.parametrize(("classes", "dtype"), [(10, "fp32"), (4096, "fp32"), (50_000, "fp16"), (50_000, "fp64")])
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["ce", "trades", "mart"])
-@on_every_target
-def test_rowloss_compiles(target, kind, classes, dtype, tmp_path):
-    constants = {"KIND": kind, "SMOOTH": kind == 0}
-    compiled = compile_rowloss(target, rowloss_kernels._rowloss, classes, dtype, **constants)
-    # ptxas gives up one register where another block fits on a multiprocessor for it.
-    assert spilled_bytes(compiled, target, tmp_path) <= 8
-    constants = {"KIND": kind, "WEIGHTED": True, "NATURAL_GRAD": kind > 0}
-    compiled = compile_rowloss(target, rowloss_kernels._rowloss_backward, classes, dtype, **constants)
-    assert spilled_bytes(compiled, target, tmp_path) <= 8
+def test_alike_launches_are_compiled_once():
+    def step(rows):
+        return step_of(images(rows, 3, 32, 32)).compiled(TARGETS["sm_90"])
+
+    assert step(2) is step(3)
+    assert step(2) is not step_of(images(2, 3, 31, 31)).compiled(TARGETS["sm_90"])
 
 
-# A thread holds 8 logits: one load of bfloat16 and two of float32. More would mean that a row is read twice.
-@pytest.mark.parametrize(("classes", "dtype", "per_tensor"), [(1000, "bf16", 1), (1000, "fp32", 2), (4096, "fp32", 2)])
-@pytest.mark.parametrize("kind", [0, 1, 2, 3], ids=["ce", "trades", "mart", "kl"])
-@pytest.mark.parametrize("target", TARGETS[:4], ids=lambda target: str(target.arch))
-def test_rowloss_reads_logits_once_and_wide(target, kind, classes, dtype, per_tensor):
-    tensors = 1 if kind == 0 else 2
-    compiled = compile_rowloss(target, rowloss_kernels._rowloss, classes, dtype, KIND=kind, SMOOTH=kind == 0)
-    assert vector_accesses(compiled, target) == (tensors * per_tensor, 0)
-    constants = {"KIND": kind, "WEIGHTED": True, "NATURAL_GRAD": kind > 0}
-    compiled = compile_rowloss(target, rowloss_kernels._rowloss_backward, classes, dtype, **constants)
-    assert vector_accesses(compiled, target) == (tensors * per_tensor, tensors * per_tensor)
+# ---- and may be executed -------------------------------------------------------------------------------------------
+
+SM_90 = TARGETS["sm_90"]
+
+
+def assert_executed(launcher, *arguments, kernels):
+    """The compiled kernels answer as the reference does."""
+    with launches.executed(SM_90) as launched:
+        found = launcher(*arguments)
+    assert [name for name, _ in launched] == kernels
+    known = getattr(reference, launcher.__name__)(*arguments)
+    torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-6)
+
+
+def test_executed_dual():
+    losses = torch.tensor([[0.5, -1.0, 2.0, 0.25, 1.0], [3.0, 3.0, -1.0, 0.0, 0.5]])
+    with launches.executed(SM_90) as launched:
+        value, lam, nu, weights, status, _ = dual.dual(losses, None, None, 0, 0.0, 0.1, 0.0, 1e6)
+    assert [name for name, _ in launched] == ["_dual"]
+    known = reference.dual(losses, None, None, 0, 0.0, 0.1, 0.0, 1e6)
+    torch.testing.assert_close((value, lam, nu, weights), known[:4], rtol=1e-5, atol=1e-6)
+    assert status.tolist() == known[4].tolist()
+
+
+def test_executed_rowloss():
+    logits, target = torch.linspace(-3, 3, 50).view(5, 10).sin(), torch.arange(5)
+    assert_executed(rowloss.rowloss, logits, target, None, 0, 1.0, 0.1, -100, kernels=["_rowloss"])
+
+
+def test_executed_step():
+    x = torch.linspace(0, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+    given = x, (37 * x).sin(), x, *[None] * 6
+    assert_executed(
+        transport.transport_step, *given, 0, 0.1, 0.02, 1.0, 1.0, 0, 0, 0.0, 1.0, False, False, None, kernels=["_step"]
+    )
+
+
+def test_only_ptx_is_executed():
+    losses = torch.zeros(1, 5)
+    with pytest.raises(ValueError, match="gfx942"), launches.executed(TARGETS["gfx942"]):
+        dual.dual(losses, None, None, 0, 0.0, 0.1, 0.0, 1e6)

@@ -1,10 +1,11 @@
 // Launches of the kernels in rowloss.cuh, and their registration for CUDA tensors.
 
+#include "launch.h"
+
 #include <algorithm>
 #include <type_traits>
 
 #include "../rowloss_tensors.h"
-#include "launch.h"
 #include "rowloss.cuh"
 
 namespace armor::cuda {
@@ -35,56 +36,54 @@ RowlossGradients<OnDevice<L>, T> on_device(const RowlossGradients<L, T>& all) {
 
 // A warp a row, or a block a row.
 template <class All>
-unsigned blocks_of(const All& all, const Tensor& logits) {
+int64_t blocks_of(const All& all, const Tensor& logits) {
   return blocks_for(logits, all.rows, all.classes <= kWarpClasses ? kWarps : 1);
 }
 
 template <class L, class T>
-void launch(const Rowlosses<L, T>& all, const Tensor& logits) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  rowloss<L, T><<<blocks_of(all, logits), kBlock, 0, current_stream(logits)>>>(all);
-  check(cudaGetLastError(), "launch");
+void run(const Rowlosses<L, T>& all, const Tensor& logits) {
+  const DeviceGuard guard(logits.get_device_index());
+  launch(rowloss<L, T>, blocks_of(all, logits), kBlock, current_stream(logits), all);
 }
 
 template <class L, class T>
-void launch(const RowlossGradients<L, T>& all, const Tensor& logits) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  rowloss_backward<L, T><<<blocks_of(all, logits), kBlock, 0, current_stream(logits)>>>(all);
-  check(cudaGetLastError(), "launch");
+void differentiate(const RowlossGradients<L, T>& all, const Tensor& logits) {
+  const DeviceGuard guard(logits.get_device_index());
+  launch(rowloss_backward<L, T>, blocks_of(all, logits), kBlock, current_stream(logits), all);
 }
 
 // As many blocks as find the losses fastest and are resident together; the dual gets along with any number.
 template <class Group, class L, class T>
-void launch_dual(const Rowlosses<L, T>& all, const Rows<T>& solved, const Tensor& logits) {
+void solve_by(const Rowlosses<L, T>& all, const Rows<T>& solved, const Tensor& logits) {
   const auto kernel = rowloss_dual<L, T, Group>;
-  const int64_t blocks = std::min<int64_t>(resident_blocks(logits, kernel, kBlock), blocks_of(all, logits));
+  const int64_t blocks = std::min(resident_blocks(logits, kernel, kBlock), blocks_of(all, logits));
   const int64_t partials = std::is_same_v<Group, GridGroup> ? 2 * blocks * kWidest : 0;
   const Tensor workspace = torch::stable::new_empty(logits, {partials}, ScalarType::Double);
   launch_cooperatively(kernel, blocks, kBlock, current_stream(logits), all, solved,
                        Workspace{pointer<double>(workspace)});
-  check(cudaGetLastError(), "launch");
 }
 
 template <class L, class T>
-void launch(const Rowlosses<L, T>& all, const Rows<T>& solved, const Tensor& logits) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  if (solved.n <= kWarpRow) launch_dual<WarpGroup>(all, solved, logits);
-  else if (solved.n <= kBlockRow) launch_dual<BlockGroup>(all, solved, logits);
-  else launch_dual<GridGroup>(all, solved, logits);
+void solve(const Rowlosses<L, T>& all, const Rows<T>& solved, const Tensor& logits) {
+  const DeviceGuard guard(logits.get_device_index());
+  if (solved.n <= kWarpRow) solve_by<WarpGroup>(all, solved, logits);
+  else if (solved.n <= kBlockRow) solve_by<BlockGroup>(all, solved, logits);
+  else solve_by<GridGroup>(all, solved, logits);
 }
 
 RowlossOutputs rowloss_op(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& natural,
                           int64_t kind, double beta, double smoothing, int64_t ignore_index) {
   return armor::rowloss({logits, target, natural, kind, beta, smoothing, ignore_index},
-                        [](const auto& all, const Tensor& on) { launch(on_device(all), on); });
+                        [](const auto& all, const Tensor& on) { run(on_device(all), on); });
 }
 
 RowlossOutputs rowloss_backward_op(const Tensor& grad, const std::optional<Tensor>& weights, const Tensor& logits,
                                    const Tensor& target, const std::optional<Tensor>& natural, const Tensor& stats,
                                    int64_t kind, double beta, double smoothing, int64_t ignore_index,
                                    bool natural_grad) {
-  return armor::rowloss_backward({logits, target, natural, kind, beta, smoothing, ignore_index}, grad, weights, stats,
-                                 natural_grad, [](const auto& all, const Tensor& on) { launch(on_device(all), on); });
+  return armor::rowloss_backward(
+      {logits, target, natural, kind, beta, smoothing, ignore_index}, grad, weights, stats, natural_grad,
+      [](const auto& all, const Tensor& on) { differentiate(on_device(all), on); });
 }
 
 RowlossDualOutputs rowloss_dual_op(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& natural,
@@ -92,12 +91,12 @@ RowlossDualOutputs rowloss_dual_op(const Tensor& logits, const Tensor& target, c
                                    int64_t divergence, double alpha, double radius, double kappa, double max_dual) {
   return armor::rowloss_dual(
       {logits, target, natural, kind, beta, smoothing, kIgnoreNothing}, costs, divergence, alpha, radius, kappa,
-      max_dual, [](const auto& all, const auto& solved, const Tensor& on) { launch(on_device(all), solved, on); });
+      max_dual, [](const auto& all, const auto& solved, const Tensor& on) { solve(on_device(all), solved, on); });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(armor, CUDA, m) {
+ARMOR_OPERATORS(m) {
   m.impl("rowloss", TORCH_BOX(&rowloss_op));
   m.impl("rowloss_backward", TORCH_BOX(&rowloss_backward_op));
   m.impl("rowloss_dual", TORCH_BOX(&rowloss_dual_op));

@@ -30,6 +30,7 @@ from armor.ops.transport import (
     check_cost,
     check_start,
     draw_seeds,
+    normalizer,
     price,
     stepper,
     transport_init,
@@ -152,7 +153,8 @@ class Transport:
         x = x.detach()
         if seeds is None and self._is_random:
             seeds = draw_seeds(x, generator)
-        fixed: dict[str, Any] = {"box": self.box, "normalize": self.normalize, "feed_dtype": self.feed_dtype}
+        normalize = None if self.normalize is None else normalizer(self.normalize, x)
+        fixed: dict[str, Any] = {"box": self.box, "normalize": normalize, "feed_dtype": self.feed_dtype}
         step_size, targeted, mu = self.step_size, self.targeted, price(mu, self.cost, x)
         move = stepper(x, self.cost, step_size=step_size, mu=mu, targeted=targeted, **fixed)
         if x.numel() == 0:

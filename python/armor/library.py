@@ -232,6 +232,11 @@ def _load(backend: str) -> str:
     path = HERE / f"{name}.abi3.so"
     if not path.exists():
         return str(build_info().get("missing", {}).get(name, f"armor/{path.name} was not built"))
+    here, built = torch.version.cuda, build_info().get("cuda", torch.version.cuda)
+    if backend == "cuda" and str(here).partition(".")[0] != str(built).partition(".")[0]:
+        # It might load all the same, with a second CUDA runtime beside torch's, and fail at the first launch.
+        has = f"has CUDA {here}" if here else "is not a CUDA build"
+        return f"armor/{path.name} was built for CUDA {built}, but torch {torch.__version__} {has}"
     try:
         torch.ops.load_library(path)
     except OSError as error:  # built for another PyTorch, or damaged: armor must still import

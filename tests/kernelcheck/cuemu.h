@@ -62,6 +62,7 @@ struct Schedule {
   Order order = Order::random;
   std::uint64_t seed = 1;
   unsigned resident = ~0u;  // how many blocks run at a time
+  bool cooperative = true;  // may all of them meet?
 };
 
 // body() is what one thread does: a call of the kernel. Returns when every thread has returned.
@@ -209,6 +210,7 @@ struct SharedArray {
 
 struct Block {
   unsigned index = 0, alive = 0;
+  char* stacks = nullptr;  // of its threads, while it runs
   Barrier barrier;
   std::vector<Warp> warps;
   std::unique_ptr<std::byte[]> shared;
@@ -278,10 +280,12 @@ struct Dimension {
 struct Launch {
   Dimension grid;
   unsigned most_resident, resident = 0;  // blocks
+  bool cooperative;
   const std::function<void()>& body;
   Scheduler scheduler;
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;
+  std::vector<char*> free_stacks;  // for a block each
   Barrier all;
   Clock fence, finished;
   Fiber main;
@@ -291,6 +295,7 @@ struct Launch {
   Launch(const Schedule& schedule, unsigned blocks_, unsigned threads, const std::function<void()>& body_);
   ~Launch();
   void run();
+  void start(Block& block);
 };
 
 inline Launch* current = nullptr;
@@ -399,6 +404,7 @@ inline Fiber& finish() {
   me.done = true;
   if (--me.block->alive > 0) return next();
   --launch.resident;
+  launch.free_stacks.push_back(me.block->stacks);
   return launch.main;  // which may start another block
 }
 
@@ -436,11 +442,11 @@ inline char* stacks(std::size_t count) {
 inline Launch::Launch(const Schedule& schedule, unsigned blocks_, unsigned threads, const std::function<void()>& body_)
     : grid{blocks_},
       most_resident(schedule.resident),
+      cooperative(schedule.cooperative),
       body(body_),
       scheduler(schedule, std::size_t{blocks_} * threads),
       fibers(std::size_t{blocks_} * threads),
       blocks(blocks_) {
-  char* const memory = stacks(fibers.size());
   const std::span<Fiber> members(fibers);
   all.members = members;
   for (unsigned b = 0; b < grid.x; ++b) {
@@ -457,13 +463,8 @@ inline Launch::Launch(const Schedule& schedule, unsigned blocks_, unsigned threa
   }
   for (std::size_t i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[i];
-    char* const stack = memory + i * kStack + kGuard;
-    fiber.stack = stack;
-    fiber.stack_bytes = kStack - kGuard;
     fiber.block = &blocks[i / threads];
     fiber.thread = static_cast<unsigned>(i % threads);
-    unpoison(stack, fiber.stack_bytes);
-    fiber.context.prepare(stack, fiber.stack_bytes, run_thread);
 #if defined(__SANITIZE_THREAD__)
     fiber.watched = __tsan_create_fiber(0);
 #endif
@@ -471,6 +472,9 @@ inline Launch::Launch(const Schedule& schedule, unsigned blocks_, unsigned threa
 #if defined(__SANITIZE_THREAD__)
   main.watched = __tsan_get_current_fiber();
 #endif
+  const std::size_t together = std::min(most_resident, blocks_);
+  char* const memory = stacks(together * threads);
+  for (std::size_t i = 0; i < together; ++i) free_stacks.push_back(memory + i * threads * kStack);
 }
 
 inline Launch::~Launch() {
@@ -480,13 +484,26 @@ inline Launch::~Launch() {
 #endif
 }
 
+inline void Launch::start(Block& block) {
+  block.stacks = free_stacks.back();
+  free_stacks.pop_back();
+  for (Fiber& fiber : block.barrier.members) {
+    char* const stack = block.stacks + fiber.thread * kStack + kGuard;
+    fiber.stack = stack;
+    fiber.stack_bytes = kStack - kGuard;
+    unpoison(stack, fiber.stack_bytes);
+    fiber.context.prepare(stack, fiber.stack_bytes, run_thread);
+    scheduler.push(&fiber);
+  }
+}
+
 inline void Launch::run() {
   std::vector<Block*> waiting;
   for (Block& one : blocks) waiting.push_back(&one);
   scheduler.arrange(waiting);
   while (error.empty()) {
     for (; !waiting.empty() && resident < most_resident; ++resident) {
-      for (Fiber& fiber : waiting.back()->barrier.members) scheduler.push(&fiber);
+      start(*waiting.back());
       waiting.pop_back();
     }
     if (scheduler.empty()) break;
@@ -537,6 +554,7 @@ inline void __syncthreads(cuemu::Place place = cuemu::Place::current()) {
 
 inline void __grid_sync(cuemu::Place place = cuemu::Place::current()) {
   cuemu::Unwatched unwatched;
+  if (!cuemu::current->cooperative) cuemu::fail("__grid_sync in a launch that is not cooperative");
   if (cuemu::current->most_resident < cuemu::current->grid.x)
     cuemu::fail("__grid_sync, but not every block of the grid is resident");
   cuemu::meet(cuemu::current->all, "__grid_sync", place, true);

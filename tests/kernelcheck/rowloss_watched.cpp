@@ -1,14 +1,43 @@
 // The kernels of csrc/cuda/rowloss.cuh under the host shim (cuemu.h), as the program that the sanitizers watch: rows of
 // every sort by warps and by blocks under several schedules, each compared with the same functions run by one thread.
 
-#include "rowloss_shim.h"
+#include "shim.h"
 
 #include <cstdlib>
 #include <random>
 
+#include "rowloss.cuh"
+
 namespace {
 
 using namespace shim;
+using namespace armor;
+using namespace armor::cuda;
+
+enum class Groups { warp, block, grid };
+
+struct How {
+  unsigned blocks;
+  cuemu::Schedule schedule;
+
+  template <class Kernel, class... Arguments>
+  void launch(Kernel kernel, const Arguments&... arguments) const {
+    cuemu::launch(schedule, blocks, kBlock, [&] { kernel(arguments...); });
+  }
+};
+
+template <class L, class T>
+void solve(const How& how, Groups groups, const Rowlosses<L, T>& all, const Rows<T>& solved) {
+  std::vector<double> partials(size_t{2} * how.blocks * kWidest, NAN);
+  const Workspace workspace{partials.data()};
+  if (groups == Groups::warp) how.launch(rowloss_dual<L, T, WarpGroup>, all, solved, workspace);
+  if (groups == Groups::block) how.launch(rowloss_dual<L, T, BlockGroup>, all, solved, workspace);
+  if (groups == Groups::grid) how.launch(rowloss_dual<L, T, GridGroup>, all, solved, workspace);
+}
+
+inline Settings dual_settings(int divergence, double alpha, double radius, bool wide, bool costs) {
+  return {Family(static_cast<Kind>(divergence), alpha), radius, 0.0, 1e6, wide ? 1e-12 : 1e-6, costs, false};
+}
 
 // Logits of some rows, among them some that are not finite, or have no valid target. `shift` entries too far for loads
 // of 16 bytes.

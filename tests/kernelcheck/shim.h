@@ -1,5 +1,5 @@
-// What the shims of kernels share: a group of one thread, launches that report instead of throwing, and comparisons
-// for the programs that the sanitizers watch. A shim includes this first, because it says what __device__ is.
+// What the programs that the sanitizers watch share: a group of one thread, schedules and comparisons. It is included
+// first, because it says what __device__ is.
 #pragma once
 
 #include "cuemu.h"
@@ -7,8 +7,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <exception>
-#include <string>
 #include <vector>
 
 #include "dual.cuh"
@@ -36,19 +34,6 @@ struct Alone {
     return mine;
   }
 };
-
-// What went wrong, or null. The text lives until the next call.
-template <class Body>
-const char* report(const Body& body) {
-  static std::string message;
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 // Forward, reverse, then random ones.
 inline cuemu::Schedule schedule(int number) {

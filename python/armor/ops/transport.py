@@ -358,12 +358,19 @@ def normalizer(normalize: Normalize | None, x: Tensor) -> tuple[Tensor | None, T
         raise ValueError(f"normalize needs a channel dimension, but x has shape {tuple(x.shape)}")
     if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
         raise TypeError(f"normalize must be a pair (mean, std), got {normalize!r}")
-    mean, std = (torch.as_tensor(given, dtype=real(x), device=x.device) for given in normalize)
+    mean, std = (torch.as_tensor(given, dtype=real(x)) for given in normalize)
     for name, t in (("mean", mean), ("std", std)):
         if t.shape != x.shape[1:2]:
             raise ValueError(f"normalize: {name} must have shape {tuple(x.shape[1:2])}, got {tuple(t.shape)}")
     _check_positive("normalize: std", std)
-    return mean, std
+    return _beside(x, mean), _beside(x, std)
+
+
+def _beside(x: Tensor, t: Tensor) -> Tensor:
+    """t on the device of x. From the host, numbers go there in the fill of each: a copy would wait for the stream."""
+    if t.device == x.device or t.device.type != "cpu":
+        return t.to(x.device)
+    return torch.stack([t.new_full((), number, device=x.device) for number in t.tolist()])
 
 
 def draw_seeds(x: Tensor, generator: torch.Generator | None) -> Tensor:

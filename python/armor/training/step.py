@@ -45,7 +45,7 @@ def train_step(state: TrainState, x: Tensor, y: Tensor, config: ResolvedConfig, 
     losses = cross_entropy(state.model(x_adv), y)
     if dual is None:
         objective = losses.mean()
-        lam, share = losses.new_tensor(float("nan")), losses.new_ones(())
+        lam, share = losses.new_full((), float("nan")), losses.new_ones(())
     else:
         objective, result = dc_loss(losses, **vars(dual), return_dual=True)
         lam, share = result.lam, effective_share(result.weights)

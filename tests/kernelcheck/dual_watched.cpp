@@ -1,6 +1,5 @@
-// The kernels of csrc/cuda/dual.cuh under the host shim (cuemu.h). As a library it is what tests/test_dual_cuda.py
-// calls; as a program it is what the sanitizers watch: rows of every sort through every kind of group under several
-// schedules, each compared with the same kernel run by one thread.
+// The kernels of csrc/cuda/dual.cuh under the host shim (cuemu.h), as the program that the sanitizers watch: rows of
+// every sort through every kind of group under several schedules, each compared with the same kernel run by one thread.
 
 #include "shim.h"
 
@@ -14,9 +13,8 @@ using namespace armor::cuda;
 using shim::Alone;
 using shim::expect_close;
 using shim::failures;
-using shim::report;
 
-enum class Groups : int { alone, warp, block, grid };
+enum class Groups { alone, warp, block, grid };
 
 struct How {
   Groups groups;
@@ -37,53 +35,6 @@ void solve(const How& how, const Rows<T>& rows) {
   if (how.groups == Groups::block) launch(dual<T, BlockGroup>, blocks, kBlock);
   if (how.groups == Groups::grid) launch(dual<T, GridGroup>, blocks, kBlock);
 }
-
-template <class T>
-const char* call(int groups, int blocks, int order, uint64_t seed, int resident, const T* losses, const T* costs,
-                 const T* clean, T* value, T* lam, T* nu, T* weights, int* status, int* passes, int64_t rows, int64_t n,
-                 int divergence, double alpha, double radius, double kappa, double max_dual) {
-  const Settings settings{Family(static_cast<Kind>(divergence), alpha), radius,           kappa,           max_dual,
-                          sizeof(T) == 4 ? 1e-6 : 1e-12,                costs != nullptr, clean != nullptr};
-  const How how{static_cast<Groups>(groups), blocks,
-                {static_cast<cuemu::Order>(order), seed, static_cast<unsigned>(resident)}};
-  const Rows<T> all{losses, costs, clean, value, lam, nu, weights, status, passes, rows, n, settings};
-  return report([&] { solve(how, all); });
-}
-
-template <class T>
-const char* call_backward(int blocks, const T* grad, const T* mu, const T* weights, const T* losses, const T* costs,
-                          const T* clean, T* to_losses, T* to_costs, T* to_clean, int64_t rows, int64_t n) {
-  const Gradients<T> all{grad, mu, weights, losses, costs, clean, to_losses, to_costs, to_clean, rows, n};
-  return report([&] { cuemu::launch({}, static_cast<unsigned>(blocks), kBlock, [&] { dual_backward(all); }); });
-}
-
-}  // namespace
-
-extern "C" {
-
-#define EXPORT(T)                                                                                                     \
-  const char* dual_##T(int groups, int blocks, int order, uint64_t seed, int resident, const T* losses,               \
-                       const T* costs, const T* clean, T* value, T* lam, T* nu, T* weights, int* status, int* passes, \
-                       int64_t rows, int64_t n, int divergence, double alpha, double radius, double kappa,            \
-                       double max_dual) {                                                                             \
-    return call<T>(groups, blocks, order, seed, resident, losses, costs, clean, value, lam, nu, weights, status,      \
-                   passes, rows, n, divergence, alpha, radius, kappa, max_dual);                                      \
-  }                                                                                                                   \
-  const char* dual_backward_##T(int blocks, const T* grad, const T* mu, const T* weights, const T* losses,            \
-                                const T* costs, const T* clean, T* to_losses, T* to_costs, T* to_clean, int64_t rows, \
-                                int64_t n) {                                                                          \
-    return call_backward<T>(blocks, grad, mu, weights, losses, costs, clean, to_losses, to_costs, to_clean, rows, n); \
-  }
-
-EXPORT(float)
-EXPORT(double)
-#undef EXPORT
-
-}  // extern "C"
-
-// ---- the program for the sanitizers --------------------------------------------------------------------------------
-
-namespace {
 
 // Some rows of length n, the last of which are not finite, all of one value, or full of ties.
 template <class T>
