@@ -709,6 +709,14 @@ BUGS = {
         Race,
     ),
     "different values": ("and.b32 %r2, %t, 1;\nst.shared.b32 [memory], {right};", "7", "%r2", Race),
+    # the upper half is NaN of either sign
+    "different halves": (
+        "and.b32 %r2, %t, 1;\nshl.b32 %r3, %r2, 31;\nor.b32 %r3, %r3, 0x7fc00000;\nmov.b64 %d1, {{{right}, %r3}};\n"
+        "st.shared.b64 [memory], %d1;",
+        "%c",
+        "%r2",
+        Race,
+    ),
     "beyond shared": ("st.shared.b32 [%r1+{right}], 0;", "256", "260", OutOfBounds),
     "before shared": ("st.shared.b32 [%r1+{right}], 0;", "0", "-4", OutOfBounds),
     "beyond global": ("st.global.b32 [%o0+{right}], 0;", "0", "4", OutOfBounds),

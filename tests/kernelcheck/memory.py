@@ -110,15 +110,17 @@ class GlobalMemory:
 
 
 def _same(left, right) -> bool:
-    """Whether these are the same bits, any NaN being like another, as on a GPU."""
+    """Whether these are the same bits, any NaN being like another, as on a GPU. 64 bits may be two float32."""
     left, right = (np.ascontiguousarray(x).view(f"u{x.itemsize}") for x in (left, right))
     different = left != right
     if not different.any():
         return True
     if left.itemsize < 4:
         return False
-    numbers = (x[different].view(f"f{x.itemsize}") for x in (left, right))
-    return all(np.isnan(x).all() for x in numbers)
+    left, right = left[different], right[different]
+    if all(np.isnan(x.view(f"f{x.itemsize}")).all() for x in (left, right)):
+        return True
+    return left.itemsize == 8 and _same(left.view("u4"), right.view("u4"))
 
 
 def _inside(addresses, region, size) -> bool:
