@@ -15,10 +15,9 @@ import torch
 
 from armor import attacks, ops
 from armor.training.config import AttackConfig, DualConfig, TrainConfig, resolve
-from armor.training.models import mnist_cnn
+from armor.training.models import mnist_cnn, resnet18
 from armor.training.step import TrainState, train_step
 from benchmarks import naive
-from benchmarks.bench_train import resnet18
 from benchmarks.counter import Counter, fake_cuda
 from benchmarks.tables import _head, _line, _size
 

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("torchvision")
 
 from armor import attacks, ops, reference
 from armor.training import step as training_step

@@ -61,7 +61,7 @@ def make_state(config: ResolvedConfig, seed: int, steps: int) -> TrainState:
     """Model, optimiser, schedule over `steps` and generators of a run with this seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "weights"))
-        model = models.build(config.data)
+        model = models.build_default(config.data)
     model = model.to(config.device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum)
     warmup = max(1, round(config.warmup * steps))
