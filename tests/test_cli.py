@@ -20,6 +20,7 @@ from matplotlib import image
 from test_training import write_images
 
 from armor import cli
+from armor.training import workers
 
 TINY = [
     "--epochs",
@@ -309,6 +310,18 @@ def test_ctrl_c_ends_every_process(tmp_path):
     assert error.splitlines()[-1] == "armor: interrupted; the checkpoints of finished jobs stay in the run folder"
     assert "Traceback" not in error
     wait_until(lambda: not members(process.pid), 10)
+
+
+def test_ctrl_c_while_workers_start_is_not_lost():
+    def start():
+        with workers._sigint_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            started.append("to the end")
+
+    started = []
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started == ["to the end"]
 
 
 def members(group: int) -> list[int]:

@@ -73,7 +73,7 @@ def _run_in_processes(
     pool = ProcessPoolExecutor(workers, context, _start_worker, (done_work, threads))
     results: dict[int, Any] = {}
     try:
-        with _sigint_ignored():
+        with _sigint_held():
             futures = {pool.submit(_call, function, job, number): number for number, job in enumerate(jobs)}
         pending = set(futures)
         while pending:
@@ -102,19 +102,23 @@ def _result(future: Any, job: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _sigint_ignored() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C from their first moment on.
+def _sigint_held() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C; this one does when it leaves.
 
     It reaches every process of the terminal, and the parent alone decides what happens.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python sets signals from nowhere else
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    held: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()  # Python sets handlers from nowhere else
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what has come meanwhile is handled here
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 _done_work: Any = None
