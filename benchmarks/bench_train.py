@@ -93,7 +93,7 @@ def build(case, device=measure.DEVICE):
         return x_adv, loss.detach()
 
     run = published_step if case.provider == "published" else step
-    return graphed(run) if case.mode == "graph" else run, model, x, y
+    return measure.graphed(run) if case.mode == "graph" else run, model, x, y
 
 
 def problem(net, device=measure.DEVICE):
@@ -141,25 +141,6 @@ def naive_attack(model, x):
         x_adv = naive.linf_step(x_adv.detach(), grad, x, step_size=STEP_SIZE, radius=RADIUS)
     model.train()
     return x_adv
-
-
-def graphed(step):
-    """`step` as one CUDA graph. What is compiled or allocated once must be before, and on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-
-    def replay():
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 @contextlib.contextmanager

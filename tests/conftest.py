@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from poison import poisoned_memory
 
 try:
     from hypothesis import settings
@@ -14,16 +15,9 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """torch.empty and its kin, also when C++ calls them, hand out NaN (floats) or the largest integer."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+def unwritten_memory_is_poisoned():
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(autouse=True)

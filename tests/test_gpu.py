@@ -26,6 +26,7 @@ from transport_cases import RULES, random_step
 from armor import attacks, library, ops, reference
 from armor.ops import dc_cross_entropy, dc_loss, dc_mart, dc_trades, transport_step
 from armor.reference.rowloss import TRADES
+from benchmarks.measure import graphed
 
 pytestmark = pytest.mark.gpu
 
@@ -303,7 +304,7 @@ def test_narrow_and_strided_losses(dtype):
 @steps
 def test_cuda_graphs(name):
     step, static = STEPS[name][0], inputs(name)
-    replay = captured(lambda: step(*static))
+    replay = graphed(lambda: step(*static))
     found = []
     for seed in (1, 2):
         for old, new in zip(static, inputs(name, seed), strict=True):
@@ -313,28 +314,9 @@ def test_cuda_graphs(name):
     assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def captured(step):
-    """`step` as a CUDA graph: a function that replays it and returns its outputs, which are always the same tensors."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled and memory is allocated, which no capture may do
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-
-    def replay():
-        graph.replay()
-        return outputs
-
-    return replay
-
-
 def test_attacks_in_a_graph_draw_new_noise():
     attack, (x, weight, target, _, _) = attacks.pgd(0.05, steps=1, step_size=0.001), inputs("pgd")
-    replay = captured(lambda: (attack(lambda images: images.flatten(1) @ weight.T, x, target),))
+    replay = graphed(lambda: (attack(lambda images: images.flatten(1) @ weight.T, x, target),))
     first, second = (replay()[0].clone() for _ in range(2))
     assert not torch.equal(first, second)
     assert (second - x).abs().max() <= 0.05 + 1e-6
@@ -374,8 +356,8 @@ def test_graph_of_a_training_step(amp):
     """Replays train as eager steps do, from the same weights."""
     net, twin, static = small_net(), small_net(), batch(0)
     step, eager_step = trainer(net, amp), trainer(twin, amp)
-    replay = captured(lambda: (step(*static),))
-    for _ in range(2):  # as often as `captured` warms up; a capture itself computes nothing
+    replay = graphed(lambda: (step(*static),), warmups=2)
+    for _ in range(2):  # as often as before the capture; that itself computes nothing
         eager_step(*static)
     for seed in (1, 2, 3):
         for old, new in zip(static, batch(seed), strict=True):

@@ -74,7 +74,7 @@ def test_repaired_bugs_pass(bug):
 
 @pytest.mark.parametrize(("sanitizer", "bug"), [(name, bug) for name, bugs in SANITIZED.items() for bug in bugs])
 def test_sanitizers_find(sanitizer, bug):
-    program = toolchain.sanitized("bugs.cpp", sanitizer)
+    program = toolchain.host_shim("bugs.cpp", *toolchain.SANITIZERS[sanitizer])
     status, output = run(program, bug, "broken", 2)
     assert status != 0
     assert SANITIZED[sanitizer][bug] in output

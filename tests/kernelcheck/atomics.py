@@ -58,12 +58,14 @@ def atomic(machine, site):
 
 
 class Told:
-    """Releases and acquires through the addresses of atomic operations."""
+    """Releases and acquires through the addresses of what reads, writes or does both."""
 
-    def __init__(self, machine, semantics: str):
+    def __init__(self, machine, semantics: str, *, reads: bool = True, writes: bool = True):
         self._machine = machine
         self._releases = semantics in ("release", "acq_rel")
         self._acquires = semantics in ("acquire", "acq_rel")
+        # what a fence may make acquire or release
+        self._relaxed = {"reads": reads and not self._acquires, "writes": writes and not self._releases}
 
     def tell(self, block: int, address: int):
         clocks = self._machine.clocks
@@ -71,7 +73,7 @@ class Told:
             clocks.release(block, address)
         if self._acquires:
             clocks.acquire(block, address)
-        clocks.relaxed(block, address, reads=not self._acquires, writes=not self._releases)
+        clocks.relaxed(block, address, **self._relaxed)
 
     def start_segments(self, blocks: np.ndarray):
         if self._releases or self._acquires:

@@ -31,7 +31,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 EXECUTED = ARCHS[:4]  # those that have PTX
-ORDERS = ("forward", "reverse", "random")
 SCHEDULES = 30
 
 
@@ -66,7 +65,7 @@ def interpret_triton(family: str, match: str) -> Iterator[Finding]:
 
     def in_orders(case: Any) -> None:
         first = interpret(case, "forward")
-        for order in ORDERS[1:] if case.core and not case.large else ():
+        for order in strict.ORDERS[1:] if case.core and not case.large else ():
             for one, other in zip(first, interpret(case, order), strict=True):
                 assert cases_gpu.bits(one).equal(cases_gpu.bits(other)), f"other bits in {order} order"
 
@@ -104,7 +103,7 @@ def thread_cuda(family: str, match: str) -> Iterator[Finding]:
 
     def thread(case: Any, schedules: Iterable[int]) -> None:
         for number in schedules:
-            case.run(cuda_ops.on_shim(ORDERS[min(number, 2)], number))
+            case.run(cuda_ops.on_shim(cuda_ops.ORDERS[min(number, 2)], number))
 
     for i, case in enumerate(cases_of(family, match)):
         schedules = range(SCHEDULES) if case.core and not case.large and i % 8 == 0 else [i % SCHEDULES]
@@ -136,9 +135,10 @@ def execute_cuda(family: str, match: str) -> Iterator[Finding]:
     from kernelcheck import compiled, cuda_ops, toolchain
 
     texts = {arch: [toolchain.operators_ptx(f"{family}.cu", int(arch[3:])).read_text()] for arch in EXECUTED}
+    cases = cases_of(family, match, core=True)
     for archs in alike(texts):
         engine = cuda_ops.on_executor(int(archs[0][3:]))
-        for case in cases_of(family, match, core=True):
+        for case in cases:
             found = findings("executed", [case.op], archs, case.name, case.run, engine)
             instances = sorted({compiled.readable(launch.kernel) for launch in engine.launched})
             yield from (replace(finding, instances=instances) for finding in found)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from cases import CODES as DIVERGENCES
 from cases import FAMILIES, Solution
+from poison import poisoned_memory
 from torch import Tensor
 from transport_cases import RULES, STARTS, Moved, Rule, Start, Step, assert_accurate, laid_out, random_step, truth
 
@@ -73,20 +73,6 @@ def cases(*, core: bool = False, large: bool = True) -> list[Case]:
     builders = (_dual, _dual_backward, _rowloss, _rowloss_backward, _rowloss_dual, _init, _step, _cost)
     every = [case for builder in builders for case in builder()]
     return [case for case in every if case.core >= core and case.large <= large]
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its kin, also when C++ calls them, hand out NaN (floats) or the largest integer."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def bits(t: Tensor) -> Tensor:

@@ -70,11 +70,6 @@ def changed(file: str, before: str, after: str) -> Path:
     return kept
 
 
-def sanitized(source: str, sanitizer: str) -> Path:
-    """The same with one of SANITIZERS."""
-    return host_shim(source, *SANITIZERS[sanitizer])
-
-
 def ptx(source: str, arch: int, *flags: str) -> str:
     """The PTX of the kernels in a .cu of this folder."""
     return _compiled(HERE / source, arch, "-std=c++17", "-ptx", *flags)[0].read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from kernelcheck.atomics import atomic
+from kernelcheck.atomics import Told, atomic
 from kernelcheck.faults import ExecutionError
 from kernelcheck.instructions import DTYPES
 from kernelcheck.ptx import split_vector
@@ -115,28 +115,24 @@ def _load(machine: Machine, site: Site):
             place[lanes] = values
 
     if space == "global" and site.atomic_kind:
-        return _hearing(machine, site, address, run)
+        return _telling(machine, site, address, run, writes=False)
     return run
 
 
-def _hearing(machine, site, address, run):
-    """A load that acquires, or that a fence may make one that acquires."""
-    acquires = "acquire" in site.opcode
+def _telling(machine, site, address, access, **ways):
+    """A load or store that other blocks may hear of or tell of."""
+    semantics = {"acquire", "release"} & set(site.opcode)
+    told = Told(machine, semantics.pop() if semantics else "relaxed", **ways)
 
-    def load(lanes):
-        addresses = address(lanes)
-        run(lanes)
+    def run(lanes):
+        addresses = address(lanes)  # which a load may overwrite
+        access(lanes)
         blocks = machine.layout.block[lanes]
-        pairs = sorted(set(zip(blocks.tolist(), addresses.tolist(), strict=True)))
-        for block, place in pairs:
-            if acquires:
-                machine.clocks.acquire(block, place)
-            else:
-                machine.clocks.relaxed(block, place, reads=True, writes=False)
-        if acquires:
-            machine.start_segments(sorted({block for block, _ in pairs}))
+        for block, place in sorted(set(zip(blocks.tolist(), addresses.tolist(), strict=True))):
+            told.tell(block, place)
+        told.start_segments(blocks)
 
-    return load
+    return run
 
 
 def _store(machine: Machine, site: Site):
@@ -153,27 +149,8 @@ def _store(machine: Machine, site: Site):
         memory.store(address(lanes), dtype, [source[lanes] for source in sources], lanes, site)
 
     if space == "global" and site.atomic_kind:
-        return _telling(machine, site, address, run)
+        return _telling(machine, site, address, run, reads=False)
     return run
-
-
-def _telling(machine, site, address, run):
-    """A store that releases, or that a fence may have made one that releases."""
-    releases = "release" in site.opcode
-
-    def store(lanes):
-        run(lanes)
-        blocks = machine.layout.block[lanes]
-        pairs = sorted(set(zip(blocks.tolist(), address(lanes).tolist(), strict=True)))
-        for block, place in pairs:
-            if releases:
-                machine.clocks.release(block, place)
-            else:
-                machine.clocks.relaxed(block, place, reads=False, writes=True)
-        if releases:
-            machine.start_segments(sorted({block for block, _ in pairs}))
-
-    return store
 
 
 class Parameters:
