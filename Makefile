@@ -15,7 +15,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
 demo: .venv/installed  ## train a robust classifier on real data, with and without armor (about two minutes)
-	$(BIN)/armor train
+	$(BIN)/armor train --preset demo
 
 # Triton's interpreter must be chosen before Triton is imported, hence two runs; 5 means that ARGS left none here.
 test: .venv/installed  ## all tests, those of Triton kernels in its interpreter

@@ -6,7 +6,6 @@ the bytes of each kernel allow: all counted, nothing is run and no GPU is needed
 """
 
 import argparse
-import re
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +16,8 @@ from armor import attacks, ops
 from armor.training.config import AttackConfig, DualConfig, TrainConfig, resolve
 from armor.training.models import mnist_cnn, resnet18
 from armor.training.step import TrainState, train_step
-from benchmarks import naive
+from benchmarks import markdown, naive
 from benchmarks.counter import Counter, fake_cuda
-from benchmarks.tables import _head, _line, _size
 
 BATCH, CLASSES = 128, 10
 NETS = {"mnist_cnn": (mnist_cnn, (1, 28, 28)), "resnet18": (resnet18, (3, 32, 32))}
@@ -235,20 +233,20 @@ def _both_ways(loss, *tensors, **settings):
 
 def steps_table():
     titles = ["net", "method", "weights", "launches: scripts", "armor", "ratio", "host syncs: scripts", "armor"]
-    lines = _head([*titles, "bytes: scripts", "armor", "ratio", "passes forward: scripts", "armor"])
+    lines = markdown.head([*titles, "bytes: scripts", "armor", "ratio", "passes forward: scripts", "armor"])
     rows = [(net, name, weights) for net in NETS for name in METHODS for weights in METHODS[name].weights]
     for net, name, weights in rows:
-        lines.append(_line([net, name, weights, *_pair(counted, name, weights, net)]))
+        lines.append(markdown.line([net, name, weights, *_pair(counted, name, weights, net)]))
     for weights in WEIGHTS:
         cells = _pair(counted, "PGD", weights, "mnist_cnn", ours="armor train")
-        lines.append(_line(["mnist_cnn", "PGD, `armor train`", weights, *cells]))
+        lines.append(markdown.line(["mnist_cnn", "PGD, `armor train`", weights, *cells]))
     return "\n".join(lines)
 
 
 def further_table():
     titles = ["net", "method", "launches: scripts", "armor", "ratio", "host syncs: scripts", "armor"]
-    lines = _head([*titles, "bytes: scripts", "armor", "ratio", "passes forward: scripts", "armor"])
-    lines += [_line([net, name, *_pair(a_further_step, name, net)]) for net in NETS for name in METHODS]
+    lines = markdown.head([*titles, "bytes: scripts", "armor", "ratio", "passes forward: scripts", "armor"])
+    lines += [markdown.line([net, name, *_pair(a_further_step, name, net)]) for net in NETS for name in METHODS]
     return "\n".join(lines)
 
 
@@ -256,28 +254,34 @@ def _pair(counts, *what, ours="armor"):
     a, b = counts("scripts", *what), counts(ours, *what)
     return [
         *(str(a.launches), str(b.launches), f"{a.launches / b.launches:.3g}x", str(a.syncs), str(b.syncs)),
-        *(_size(a.bytes), _size(b.bytes), f"{a.bytes / b.bytes:.3g}x", str(a.forwards), str(b.forwards)),
+        *(
+            markdown.size(a.bytes),
+            markdown.size(b.bytes),
+            f"{a.bytes / b.bytes:.3g}x",
+            str(a.forwards),
+            str(b.forwards),
+        ),
     ]
 
 
 def losses_table():
     titles = ["loss", "weights", "launches forward: scripts", "armor", "launches backward: scripts", "armor"]
-    lines = _head([*titles, "host syncs: scripts", "armor"])
+    lines = markdown.head([*titles, "host syncs: scripts", "armor"])
     for loss in LOSSES:
         for weights in WEIGHTS:
             if WEIGHTS[weights] is not None:
                 theirs, ours = (counted_loss(provider, loss, weights) for provider in ("scripts", "armor"))
                 both = [str(passed.launches) for pair in zip(theirs, ours, strict=True) for passed in pair]
                 syncs = [str(sum(passed.syncs for passed in passes)) for passes in (theirs, ours)]
-                lines.append(_line([loss, weights, *both, *syncs]))
+                lines.append(markdown.line([loss, weights, *both, *syncs]))
     return "\n".join(lines)
 
 
 def kernels_table():
-    lines = _head(["kernel", "of", "bytes", *(f"lower bound on {gpu}" for gpu in BANDWIDTH)])
+    lines = markdown.head(["kernel", "of", "bytes", *(f"lower bound on {gpu}" for gpu in BANDWIDTH)])
     for name, size, moved in kernels():
         bounds = [f"{1e6 * moved / bandwidth:.2g} us" for bandwidth in BANDWIDTH.values()]
-        lines.append(_line([f"`{name}`", size, _size(moved), *bounds]))
+        lines.append(markdown.line([f"`{name}`", size, markdown.size(moved), *bounds]))
     return "\n".join(lines)
 
 
@@ -286,13 +290,7 @@ TABLES = {"steps": steps_table, "further": further_table, "losses": losses_table
 
 def insert(text):
     """`text` with its marked tables renewed; ValueError where one is missing."""
-    for name, table in TABLES.items():
-        marked = re.compile(f"(<!-- counts:{name} -->\n).*?(<!-- /counts:{name} -->)", re.DOTALL)
-        if not marked.search(text):
-            raise ValueError(f"no <!-- counts:{name} --> with its <!-- /counts:{name} --> in the text")
-        shown = table()
-        text = marked.sub(lambda found, shown=shown: found[1] + shown + "\n" + found[2], text)
-    return text
+    return markdown.renew(text, "counts", TABLES, every=True)
 
 
 def main():

@@ -3,6 +3,8 @@
 The record goes through pytest-benchmark's JSON to records.py.
 """
 
+import gc
+import itertools
 import os
 from typing import NamedTuple
 
@@ -80,6 +82,25 @@ def graphed(step, warmups=3):
         return outputs
 
     return replay
+
+
+def peak(function):
+    """Bytes of tensors and of what operators allocate at the most during `function`, beyond those before it.
+
+    On the CPU those of PyTorch's allocator, which also serves oneDNN's copies and workspaces, as its profiler records
+    them: other than the peak of the process they neither depend on what malloc keeps nor on what ran before.
+    """
+    gc.collect()
+    if DEVICE != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def counts(step):

@@ -300,21 +300,31 @@ def by_autograd(model, loss, x_adv):
 # ---- whole training steps, in float32 -----------------------------------------------------------------------------
 #
 # What the published scripts do in every step, from the attack to the optimizer; `weigh` makes one loss of the losses
-# (and costs) of the samples: `mean` or `host_dc_loss`. The steps of the attacks are those above, which need fewer
-# operators than the scripts', and what the scripts compute and never use is left out.
+# (and costs) of the samples: `mean`, `host_dc_loss` or a `LearnedKL`. The steps of the attacks are those above, which
+# need fewer operators than the scripts'. What the scripts compute and never use is left out, but with unused=True.
 
 
-def pgd_training_step(model, optimizer, x, y, weigh, *, radius, step_size, steps):
+def pgd_training_step(model, optimizer, x, y, weigh, *, radius, step_size, steps, unused=False):
     """PGD in the ball, as in the ARMOR_D script for MNIST and Rényi: the attack computes the gradients of the weights,
-    and loss and errors are logged in every step."""
+    and loss and errors are logged in every step.
+
+    unused: the script predicts the natural samples once for nothing, and once for a loss that it multiplies by 0 and
+    differentiates all the same.
+    """
+    if unused:
+        model(x)
     x_adv = pgd(model, x, y, by_backward, radius=radius, step_size=step_size, steps=steps)
     logits = model(x_adv)
-    loss = _update(optimizer, weigh(cross_entropy(logits, y)))
+    loss = weigh(cross_entropy(logits, y))
+    if unused:
+        loss = 0.0 * cross_entropy(model(x), y).mean() + loss
+    _update(model, optimizer, loss)
     return loss.item(), _errors(logits, y)
 
 
-def trades_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_size, steps):
-    """TRADES: every step of the attack predicts the natural samples again, and the loss does so twice."""
+def trades_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_size, steps, natural_mix=0.0, clip=None):
+    """TRADES: every step of the attack predicts the natural samples again, the loss does so twice, and the natural part
+    of the ARMOR_D scripts once more."""
 
     def objective(x_adv):
         return F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="sum")
@@ -322,17 +332,20 @@ def trades_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_si
     x_adv = _ascend_from_noise(model, x, objective, radius=radius, step_size=step_size, steps=steps)
     losses = cross_entropy(model(x), y)
     kl = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="none").sum(1)
-    return _update(optimizer, weigh(losses + beta * kl))
+    loss = _mixed(model, x, y, weigh(losses + beta * kl), natural_mix)
+    return _update(model, optimizer, loss, clip)
 
 
-def mart_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_size, steps):
-    """MART as in the ARMOR_D scripts, which attack its whole loss and predict the natural samples in every step."""
+def mart_training_step(model, optimizer, x, y, weigh, *, beta, radius, step_size, steps, natural_mix=0.0, clip=None):
+    """MART as in the ARMOR_D scripts, which attack its whole loss, predict the natural samples in every step and once
+    more for the natural part."""
 
     def objective(x_adv):
         return mart_loss(model(x), model(x_adv), y, beta=beta).mean()
 
     x_adv = _ascend_from_noise(model, x, objective, radius=radius, step_size=step_size, steps=steps)
-    return _update(optimizer, weigh(mart_loss(model(x), model(x_adv), y, beta=beta)))
+    loss = weigh(mart_loss(model(x), model(x_adv), y, beta=beta))
+    return _update(model, optimizer, _mixed(model, x, y, loss, natural_mix), clip)
 
 
 def udr_training_step(model, optimizer, x, y, weigh, *, mean, std, radius, tau, step_size, steps):
@@ -350,21 +363,85 @@ def udr_training_step(model, optimizer, x, y, weigh, *, mean, std, radius, tau, 
 
     logits = model((worst - mean) / std)
     costs = ((worst - x).abs() - radius).clamp(min=0).square().flatten(1).sum(1) / (2 * tau)
-    loss = _update(optimizer, weigh(cross_entropy(logits, y), costs))
+    loss = _update(model, optimizer, weigh(cross_entropy(logits, y), costs))
     return loss.item(), _errors(logits, y)
 
 
-def penalised_ot_training_step(model, optimizer, x, y, weigh, *, weight, power, step_size, steps):
-    """Ascent on loss - cost from x, as in the ARMOR_D scripts for MNIST, which log loss and errors in every step."""
+def penalised_ot_training_step(model, optimizer, x, y, weigh, *, weight, power, step_size, steps, unused=False):
+    """Ascent on loss - cost from x, as in the ARMOR_D scripts for MNIST, which log loss and errors in every step.
+
+    unused: in every step of the attack the scripts predict the samples twice and use one prediction, and they log the
+    loss of the first sample; before the attack they predict the natural samples, and after it those found, for nothing.
+    """
+    if unused:
+        cross_entropy(model(x), y)
     x_adv = x
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()
-        grad = by_autograd(model, F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
+        if unused:
+            model(x_adv)
+        losses = cross_entropy(model(x_adv), y)
+        if unused:
+            losses[0].item()
+        grad = by_autograd(model, losses.sum(), x_adv)
         x_adv = norm_power_step(x_adv.detach(), grad, x, step_size=step_size, weight=weight, power=power)
+    if unused:
+        cross_entropy(model(x_adv), y)
     logits = model(x_adv)
     costs = weight * (x_adv - x).flatten(1).norm(dim=1) ** power
-    loss = _update(optimizer, weigh(cross_entropy(logits, y), costs))
+    loss = _update(model, optimizer, weigh(cross_entropy(logits, y), costs))
+    if isinstance(weigh, LearnedKL):
+        weigh.update()
     return loss.item(), _errors(logits, y)
+
+
+def careful_training_step(model, optimizer, x, y, weigh, method, *, natural_mix=0.0, clip=None, **settings):
+    """The step of any of these methods written with care: gradients in the images alone, every prediction once, nothing
+    logged. `method` and `settings` are those of `careful_attack`."""
+    x_adv = careful_attack(model, x, y, method, **settings)
+    natural = model(x) if method in ("trades", "mart") or natural_mix else None
+    adversarial, costs = model(x_adv), ()
+    if method in ("trades", "mart"):
+        of_method = {"trades": trades_loss, "mart": mart_loss}[method]
+        losses = of_method(natural, adversarial, y, beta=settings["beta"])
+    else:
+        losses = cross_entropy(adversarial, y)
+    if method == "penalised-ot":
+        costs = (settings["weight"] * (x_adv - x).flatten(1).norm(dim=1) ** settings["power"],)
+    loss = weigh(losses, *costs)
+    if natural_mix:
+        loss = natural_mix * cross_entropy(natural, y).mean() + (1 - natural_mix) * loss
+    _update(model, optimizer, loss, clip)
+    if isinstance(weigh, LearnedKL):
+        weigh.update()
+    return loss.detach()
+
+
+def careful_attack(model, x, y, method, *, steps, step_size, radius=None, beta=None, weight=None, power=None):
+    """The attack of "trades", "mart", "pgd" or "penalised-ot" in eval mode, which predicts the natural samples once."""
+    model.eval()
+    if method in ("trades", "mart"):
+        with torch.no_grad():
+            natural = model(x)
+        x_adv = gaussian_start(x, sigma=0.001)
+    else:
+        x_adv = x if method == "penalised-ot" else linf_start(x, radius=radius)
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        logits = model(x_adv)
+        if method == "trades":
+            objective = F.kl_div(F.log_softmax(logits, 1), F.softmax(natural, 1), reduction="sum")
+        elif method == "mart":
+            objective = mart_loss(natural, logits, y, beta=beta).sum()
+        else:
+            objective = F.cross_entropy(logits, y, reduction="sum")
+        grad = by_autograd(model, objective, x_adv)
+        if method == "penalised-ot":
+            x_adv = norm_power_step(x_adv.detach(), grad, x, step_size=step_size, weight=weight, power=power)
+        else:
+            x_adv = linf_step(x_adv.detach(), grad, x, step_size=step_size, radius=radius)
+    model.train()
+    return x_adv
 
 
 def mean(losses, costs=None):
@@ -384,6 +461,29 @@ def host_dc_loss(losses, costs=None, *, radius, divergence, alpha=None, kappa=0.
     return fixed - mu / (alpha - 1) * torch.log(torch.mean((rho - losses) ** ((alpha - 1) / alpha)))
 
 
+class LearnedKL:
+    """The KL dual at a lambda that Adam learns, as in the scripts for MNIST; `step_size` is Adam's.
+
+    As there lambda is the parameter itself, not its logarithm, and the value is watched for NaN on the host.
+    """
+
+    def __init__(self, *, radius, step_size, device="cpu"):
+        self.radius, self.lam = radius, torch.ones((), device=device, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.lam], lr=step_size)
+
+    def __call__(self, losses, costs):
+        scaled = losses / self.lam - costs
+        top = scaled.max()
+        value = self.radius * self.lam + self.lam * (torch.log(torch.mean(torch.exp(scaled - top))) + top)
+        if scaled.mean().isnan() or value.isnan():
+            raise FloatingPointError("the loss is NaN")
+        return value
+
+    def update(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def _ascend_from_noise(model, x, objective, *, radius, step_size, steps):
     """The attack of TRADES and MART, in eval mode; the noise it starts with is drawn on the host."""
     model.eval()
@@ -396,9 +496,17 @@ def _ascend_from_noise(model, x, objective, *, radius, step_size, steps):
     return x_adv
 
 
-def _update(optimizer, loss):
+def _mixed(model, x, y, loss, natural_mix):
+    if natural_mix == 0:
+        return loss
+    return natural_mix * cross_entropy(model(x), y).mean() + (1 - natural_mix) * loss
+
+
+def _update(model, optimizer, loss, clip=None):
     optimizer.zero_grad()
     loss.backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return loss
 

@@ -15,7 +15,7 @@ COLUMNS = [
     *("kernel", "case", "provider", "mode", "metric", "unit", "rows", "n", "p50", "p20", "p80"),
     *("rounds", "threads", "config", "device", "torch", "armor", "time"),
 ]
-UNITS = {"error": "relative", "operators": "count", "syncs": "count", "bytes": "B"}
+UNITS = {"error": "relative", "operators": "count", "syncs": "count", "bytes": "B", "peak": "B"}
 
 
 def from_json(path):

@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from xml.etree import ElementTree
 
-from benchmarks import records
-from benchmarks.tables import OURS, PROVIDERS, _duration, _head, _line
+from benchmarks import markdown, records
+from benchmarks.tables import OURS, PROVIDERS
 
 SEND = """To send it, please pack this folder (`tar czf gpu-report.tgz gpu-report`) and open an issue in the repository
 of armor with the archive attached and this page as its text. In it are this page, logs, csv and plots."""
@@ -32,8 +32,8 @@ def _environment(out):
 
 
 def _steps(outcomes):
-    lines = _head(["step", "result", "seconds", "what it said"])
-    lines += [_line([o.name, o.state, f"{o.seconds:.0f}", o.note.replace("|", "/")]) for o in outcomes]
+    lines = markdown.head(["step", "result", "seconds", "what it said"])
+    lines += [markdown.line([o.name, o.state, f"{o.seconds:.0f}", o.note.replace("|", "/")]) for o in outcomes]
     return "\n".join(lines)
 
 
@@ -54,8 +54,10 @@ def _tests(out):
                 failures.append(f"- `{file.stem}`: `{case.get('name')}`: {(said.splitlines() or [''])[0][:160]}")
     if not counts:
         return []
-    lines = _head(["tests", "passed", "failed", "skipped"])
-    lines += [_line([key, *(str(c[state]) for state in ("passed", "failed", "skipped"))]) for key, c in counts.items()]
+    lines = markdown.head(["tests", "passed", "failed", "skipped"])
+    lines += [
+        markdown.line([key, *(str(c[state]) for state in ("passed", "failed", "skipped"))]) for key, c in counts.items()
+    ]
     parts = ["## Tests", "\n".join(lines)]
     if failures:
         parts.append("\n".join(["Failed:", "", *failures[:SHOWN], *_more(failures)]))
@@ -78,7 +80,7 @@ def _more(entries):
 
 def _speed(out):
     """Of the telling problems, armor's time with its spread, and how many times longer the others take."""
-    lines = _head(["kernel", "case", "rows x n", "mode", "armor", "20th to 80th percentile", "times armor's"])
+    lines = markdown.head(["kernel", "case", "rows x n", "mode", "armor", "20th to 80th percentile", "times armor's"])
     for file in sorted([*out.glob("*.csv"), *out.glob("*/*.csv")]):
         times = {}
         for r in records.read(file):
@@ -87,10 +89,10 @@ def _speed(out):
         for (kernel, case, rows, n, mode), found in times.items():
             if "armor" in found:
                 ours = found["armor"]
-                spread = f"{_duration(ours['p20'])} to {_duration(ours['p80'])}"
+                spread = f"{markdown.duration(ours['p20'])} to {markdown.duration(ours['p80'])}"
                 ratios = [f"{p} {found[p]['p50'] / ours['p50']:.3g}" for p in PROVIDERS if p in found and p not in OURS]
-                cells = [kernel, case, f"{rows} x {n}", mode, _duration(ours["p50"]), spread, ", ".join(ratios)]
-                lines.append(_line(cells))
+                cells = [kernel, case, f"{rows} x {n}", mode, markdown.duration(ours["p50"]), spread, ", ".join(ratios)]
+                lines.append(markdown.line(cells))
     return ["## Speed", "\n".join(lines)] if len(lines) > 2 else []
 
 

@@ -7,13 +7,14 @@ the short ones of every kernel, so that no number in README.md or docs/ is typed
 benchmarks/__main__.py; reads only the csv.
 """
 
-import re
+from functools import partial
 from typing import NamedTuple
+
+from benchmarks import markdown
 
 PROVIDERS = ["published", "scipy", "brent", "torchattacks", "backward", "autograd", "eager", "compile"]
 PROVIDERS += ["armor", "armor_op", "mean"]
 OURS = {"armor", "armor_op", "mean"}
-MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 
 
 class Target(NamedTuple):
@@ -116,21 +117,13 @@ def summary(records):
 def insert(text, recorded):
     """`text` with every marked table renewed; ValueError where it has none or a marker is not closed."""
 
-    def renew(found):
-        begin, name, end = found.groups()
-        names = SHOWN if name == "summary" else [name]
-        render = summary if name == "summary" else full
-        return begin + "\n".join(render(recorded[n]) for n in names if n in recorded) + end
+    def short():
+        return "\n".join(summary(recorded[name]) for name in SHOWN if name in recorded)
 
-    for name in re.findall(r"<!-- benchmarks:(\w+) -->", text):
-        if name != "summary" and name not in SHOWN:
-            raise ValueError(f"marker benchmarks:{name} must name one of summary, {', '.join(SHOWN)}")
-        if f"<!-- /benchmarks:{name} -->" not in text:
-            raise ValueError(f"<!-- benchmarks:{name} --> is not closed by <!-- /benchmarks:{name} -->")
-    text, count = MARKED.subn(renew, text)
-    if not count:
-        raise ValueError("no marker <!-- benchmarks:NAME --> in the text")
-    return text
+    def long(name):
+        return full(recorded[name]) if name in recorded else ""
+
+    return markdown.renew(text, "benchmarks", {"summary": short} | {name: partial(long, name) for name in SHOWN})
 
 
 def _times(records):
@@ -151,7 +144,7 @@ def _provenance(kernel, records):
 def _targets(kernel, times):
     if not kernel.targets:
         return "No targets."
-    lines = _head(["target", "threads", *kernel.titles.values(), "reached"])
+    lines = markdown.head(["target", "threads", *kernel.titles.values(), "reached"])
     for target in kernel.targets:
         for threads in sorted({key[0] for key in times}):
             pairs = [
@@ -161,7 +154,7 @@ def _targets(kernel, times):
             reached = [_reached(target, *pair) for pair in pairs if pair]
             if reached:
                 cells = ["" if pair is None else _figure(target, *pair) for pair in pairs]
-                lines.append(_line([_promise(target), str(threads), *cells, "yes" if all(reached) else "no"]))
+                lines.append(markdown.line([_promise(target), str(threads), *cells, "yes" if all(reached) else "no"]))
     return "\n".join(lines)
 
 
@@ -180,7 +173,7 @@ def _reached(target, ours, theirs):
 
 
 def _figure(target, ours, theirs):
-    return f"{theirs / ours:.3g}x" if target.unit == "times" else _duration(ours - theirs)
+    return f"{theirs / ours:.3g}x" if target.unit == "times" else markdown.duration(ours - theirs)
 
 
 def _promise(target):
@@ -199,14 +192,14 @@ def _section(kernel, times, threads, mode):
     shown = _shown(key[5] for key in times)
     others = [p for p in shown if p not in OURS]
     lines = [f"{mode}, {threads} thread{'s' if threads > 1 else ''}:", ""]
-    lines += _head([kernel.case, "rows x n", *shown, *(f"{p} / armor" for p in others)])
+    lines += markdown.head([kernel.case, "rows x n", *shown, *(f"{p} / armor" for p in others)])
     for problem in dict.fromkeys(key[:5] for key in times):
         found = {p: times.get((*problem, p)) for p in shown}
-        cells = [problem[1], f"{problem[2]} x {problem[3]}", *map(_duration, found.values())]
+        cells = [problem[1], f"{problem[2]} x {problem[3]}", *map(markdown.duration, found.values())]
         for p in others:
             both = found[p] is not None and found.get("armor") is not None
             cells.append(f"{found[p] / found['armor']:.3g}x" if both else "")
-        lines.append(_line(cells))
+        lines.append(markdown.line(cells))
     return "\n".join(lines)
 
 
@@ -222,43 +215,19 @@ def _traffic(kernel, records):
     shown = _shown(provider for found in counts.values() for provider in found)
     others = [p for p in shown if p not in OURS]
     lines = ["Operators that compute, times that the host waits for a GPU, and bytes that the operators touch:", ""]
-    lines += _head([kernel.case, "rows x n", "mode", *shown, *(f"bytes, {p} / armor" for p in others)])
+    lines += markdown.head([kernel.case, "rows x n", "mode", *shown, *(f"bytes, {p} / armor" for p in others)])
     for (case, rows, n, mode), found in counts.items():
         cells = [case, f"{rows} x {n}", mode]
         for p in shown:
             one = found.get(p)
-            cells.append(f"{one['operators']:g}, {one['syncs']:g}, {_size(one['bytes'])}" if one else "")
+            cells.append(f"{one['operators']:g}, {one['syncs']:g}, {markdown.size(one['bytes'])}" if one else "")
         for p in others:
             both = p in found and "armor" in found
             cells.append(f"{found[p]['bytes'] / found['armor']['bytes']:.3g}x" if both else "")
-        lines.append(_line(cells))
+        lines.append(markdown.line(cells))
     return ["\n".join(lines)]
 
 
 def _shown(providers):
     found = set(providers)
     return [p for p in PROVIDERS if p in found]
-
-
-def _head(cells):
-    return [_line(cells), "|---" * len(cells) + "|"]
-
-
-def _line(cells):
-    return f"| {' | '.join(cells)} |"
-
-
-def _duration(microseconds):
-    if microseconds is None:
-        return ""
-    for unit, size in (("us", 1), ("ms", 1e3)):
-        if abs(microseconds) < 999.5 * size:
-            return f"{microseconds / size:.3g} {unit}"
-    return f"{microseconds / 1e6:.3g} s"
-
-
-def _size(count):
-    for unit, size in (("B", 1), ("kB", 1e3), ("MB", 1e6)):
-        if count < 999.5 * size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e9:.3g} GB"

@@ -413,24 +413,6 @@ def test_no_synchronisation(name):
     assert_bit_equal(expected, found)
 
 
-@pytest.mark.parametrize("method", ["mean", "dc"])
-def test_training_never_waits(method):
-    for package in ("matplotlib", "tqdm", "yaml"):  # of `armor train`
-        pytest.importorskip(package)
-    from armor.training.config import AttackConfig, TrainConfig, resolve
-    from armor.training.step import make_state, train_step
-
-    config = resolve(TrainConfig(attack=AttackConfig(steps=2)))
-    state = make_state(config, seed=0, steps=4)
-    x, y = torch.rand(16, 1, 8, 8).to(DEVICE), (torch.arange(16) % 10).to(DEVICE)
-    dual = config.dual if method == "dc" else None
-    train_step(state, x, y, config, dual)
-    with never_waiting():
-        record = train_step(state, x, y, config, dual)
-    assert record[:2].isfinite().all()
-    assert record[0] >= record[1] - 1e-6  # the worst case is no better than the mean
-
-
 @pytest.mark.parametrize("name", ["dc_loss kl 1x128", "dc_trades 128x10", "dc_cross_entropy 300x1000"])
 def test_compile(name):
     """Compiled whole, with the gradient."""

@@ -310,7 +310,7 @@ def mart(eps: float | Tensor = 0.031, steps: int = 10, step_size: float = 0.007,
 
 def udr(
     radius: float | Tensor = 8 / 255,
-    tau: float = 0.1,
+    tau: float | None = None,
     steps: int = 10,
     step_size: float = 2 / 255,
     order: str = "after",
@@ -318,10 +318,10 @@ def udr(
 ) -> Transport:
     """The attack of UDR (Bui et al., 2022): sign steps with the price mu on what lies beyond a soft linf ball.
 
-    Radius, steps and step_size are the published ones for CIFAR-10, tau is the ARMOR_D authors'. Call it with
-    mu=lam + kappa of the current dual; mu=None is 1. Options are those of `Transport`.
+    The defaults are the published ones for CIFAR-10. tau None is step_size, as published: at mu = 1 a step then ends on
+    the ball. Call it with mu=lam + kappa of the current dual; mu=None is 1. Options are those of `Transport`.
     """
-    return Transport(SoftBall(radius, tau, order), steps, step_size, **options)
+    return Transport(SoftBall(radius, step_size if tau is None else tau, order), steps, step_size, **options)
 
 
 def penalised_ot(

@@ -161,6 +161,8 @@ ENGINES = {
     "execute-cuda": (execute_cuda, "CUDA", "executed"),
     "compile-cuda": (compile_cuda, "CUDA", "compiled"),
 }
+# Without Triton, as on PyTorch for the CPU alone, they are skipped. Those of CUDA take the tools that it brings along.
+NEED_TRITON = {"interpret-triton", "execute-triton", "compile-triton", "execute-cuda", "compile-cuda"}
 # The longest first, so that no core is left with one at the end.
 UNITS = [
     *("sanitize-cuda-rowloss", "compile-cuda-rowloss", "execute-cuda-rowloss", "execute-triton-transport"),
@@ -215,6 +217,8 @@ def work(unit: str, match: str) -> None:
     engine, _, family = unit.rpartition("-")
     run, language, check = ENGINES[engine]
     try:
+        if engine in NEED_TRITON:
+            pytest.importorskip("triton")
         for finding in run(family, match):
             print(json.dumps(asdict(finding)), flush=True)
     except pytest.skip.Exception as reason:  # all of it
@@ -303,7 +307,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def versions() -> str:
     """What compiled the kernels, and when."""
-    names = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton")]
+    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    names = [f"{name} {installed.get(name, 'not installed')}" for name in ("torch", "triton")]
     return f"{', '.join(names)}, {time.strftime('%Y-%m-%d')}:"
 
 
@@ -337,9 +342,10 @@ def main() -> int:
         writer.writerows(asdict(each).values() for each in found)
 
     if args.write:
-        before, rest = args.write.read_text().split("<!-- audit -->\n")
-        after = rest[rest.index("<!-- /audit -->") :]
-        args.write.write_text(f"{before}<!-- audit -->\n{versions()}\n\n{markdown(rows)}{after}")
+        from benchmarks.markdown import renew
+
+        page = renew(args.write.read_text(), "audit", {"": lambda: f"{versions()}\n\n{markdown(rows)}"})
+        args.write.write_text(page)
     print(markdown(rows))
     problems = [f"{row['kernel']} {row['arch']} {problem}" for row in rows for problem in row["problems"]]
     problems += [f"{each.run} broke off: {each.failure}" for each in found if each.check == "unit"]

@@ -1,17 +1,20 @@
-"""What a final model is judged by: clean, FGSM, PGD and margin-loss PGD accuracy, and the worst class.
+"""What a final model is judged by: clean accuracy, one-step, PGD and margin-loss PGD accuracy, and the worst class.
 
-PGD on cross-entropy alone flatters re-weighted models, so `robust` asks a sample to survive both attacks.
+PGD on cross-entropy alone flatters re-weighted models, so `robust` asks a sample to survive both attacks. Called by
+loop.py after training and by judge.py for models that are on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from armor.attacks import fgsm, modes, pgd
-from armor.training.data import CLASSES, Samples
+from armor.attacks import Transport, modes, pgd, rfgsm_k
+from armor.ops.transport import draw_seeds
+from armor.training.data import Part
 
 METRICS = ("clean", "fgsm", "pgd", "margin", "robust", "worst_class")
 BATCH = 256
@@ -19,40 +22,53 @@ BATCH = 256
 
 def evaluate(
     model: nn.Module,
-    samples: Samples,
+    samples: Part,
     *,
+    norm: str = "linf",
     eps: float,
     steps: int,
+    step_size: float | None = None,
     generator: torch.Generator,
     progress: Callable[[int], object] = lambda images: None,
+    batch_size: int = BATCH,
 ) -> dict[str, float]:
     """Share of the samples classified rightly, per metric of METRICS.
 
-    pgd and margin take `steps` sign steps of eps/10 from a random start in the ball; a sample is robust if
-    it survives both; worst_class is the robust share of the worst class that occurs.
+    samples: anything with a length whose slices have x and y; they are moved to the generator's device, on which the
+    model is. norm: linf, l2, l1 or binary; the ball has radius eps, of binary only fgsm's step. fgsm is one step of eps
+    from the sample itself; pgd and margin take `steps` steps of `step_size` (default: eps / 10), from a random start in
+    the ball or, binary, from the sample. A sample is robust if it survives both; worst_class is the robust share of the
+    worst class that occurs. The noise of a sample does not depend on batch_size. progress is told how many images went
+    through the model, `image_passes` in all.
+
+    Raises: ValueError if there are no samples.
     """
-    attacks = {
-        "fgsm": fgsm(eps),
-        "pgd": pgd(eps, steps, eps / 10),
-        "margin": pgd(eps, steps, eps / 10, loss="margin"),
-    }
+    if len(samples) == 0:
+        raise ValueError("there are no samples to evaluate on")
+    attacks = _attacks(norm, eps, steps, eps / 10 if step_size is None else step_size)
+    random = [name for name, attack in attacks.items() if attack.start != "clean" or norm == "binary"]
+    seeds = _seeds(len(samples), random, generator)
+    labels: list[Tensor] = []
     right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
-    for start in range(0, len(samples), BATCH):
-        batch = samples[slice(start, start + BATCH)]
-        right["clean"].append(correct(model, batch.x, batch.y))
-        progress(len(batch))
+    for start in range(0, len(samples), batch_size):
+        part = slice(start, start + batch_size)
+        batch = samples[part]
+        x, y = batch.x.to(generator.device), batch.y.to(generator.device)
+        labels.append(y)
+        right["clean"].append(correct(model, x, y))
+        progress(len(y))
         for name, attack in attacks.items():
-            x_adv = attack(model, batch.x, batch.y, generator=generator)
-            right[name].append(correct(model, x_adv, batch.y))
-            progress(len(batch) * attack.steps)
+            own = seeds[name][part] if name in seeds else None
+            right[name].append(correct(model, attack(model, x, y, seeds=own), y))
+            progress(len(y) * attack.steps)
+    # Read here, once: until then nothing has waited for the device.
     survived = {name: torch.cat(parts).cpu() for name, parts in right.items()}
     survived["robust"] = survived["pgd"] & survived["margin"]
     accuracy = {name: flags.double().mean().item() for name, flags in survived.items()}
 
-    y = samples.y.cpu()
-    accuracy["worst_class"] = min(
-        survived["robust"][y == label].double().mean().item() for label in range(CLASSES) if (y == label).any()
-    )
+    _, members = torch.cat(labels).cpu().unique(return_inverse=True)
+    robust = torch.bincount(members, weights=survived["robust"].double()) / torch.bincount(members)
+    accuracy["worst_class"] = robust.min().item()
     return {name: accuracy[name] for name in METRICS}
 
 
@@ -66,3 +82,28 @@ def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def image_passes(samples: int, steps: int) -> int:
     """What `evaluate` reports to `progress` in all."""
     return samples * (2 * steps + 2)
+
+
+def _attacks(norm: str, eps: float, steps: int, step_size: float) -> dict[str, Transport]:
+    if norm == "binary":
+        return {
+            "fgsm": rfgsm_k(1, eps),
+            "pgd": rfgsm_k(steps, step_size),
+            "margin": rfgsm_k(steps, step_size, loss="margin"),
+        }
+    ball: dict[str, Any] = {"norm": norm}
+    return {
+        "fgsm": pgd(eps, 1, eps, start="clean", **ball),
+        "pgd": pgd(eps, steps, step_size, **ball),
+        "margin": pgd(eps, steps, step_size, loss="margin", **ball),
+    }
+
+
+def _seeds(count: int, attacks: list[str], generator: torch.Generator) -> dict[str, Tensor]:
+    """A seed per sample for each of the attacks: the noise of all batches, whatever their size."""
+    drawn: dict[str, list[Tensor]] = {name: [] for name in attacks}
+    # In blocks, which is the order in which they were always drawn.
+    for block in torch.empty(count, device=generator.device).split(BATCH):
+        for name in attacks:
+            drawn[name].append(draw_seeds(block, generator))
+    return {name: torch.cat(parts) for name, parts in drawn.items()}

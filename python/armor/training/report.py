@@ -1,57 +1,67 @@
-"""What a person looks at after a run: the table, one plain sentence per finding, and the plots.
+"""What a person looks at after a run: the table, one plain sentence per finding, and the plots; and runs side by side.
 
-Reads the runs' entries and checkpoints that loop.py wrote; called by run.py. Every number and every word
-about where re-weighting helps comes from the runs.
+Reads the runs' entries and checkpoints that loop.py wrote; called by run.py and by `armor report`. Every number and
+every word about where re-weighting helps comes from the runs.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
+from torch import Tensor
 
 from armor.training import checkpoint
-from armor.training.config import ResolvedConfig
+from armor.training.config import ConfigError, DualConfig, ResolvedConfig
 from armor.training.evaluate import METRICS
-from armor.training.loop import METHODS, Job, checkpoint_path
+from armor.training.loop import Job, checkpoint_path
 
 COLOURS = {"mean": "#5b6b7f", "dc": "#d1601f"}
-DIVERGENCES = {"kl": "KL", "alpha": "alpha-divergence", "renyi": "Rényi"}
+COLUMNS = {"mean": "mean", "dc": "dc_loss"}
 LABELS = {"mean": "uniform weights (mean)", "dc": "re-weighted (dc_loss)"}
+DIVERGENCES = {"kl": "KL", "alpha": "alpha-divergence", "renyi": "Rényi"}
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+ATTACKS = {"fgsm": "FGSM", "pgd": "PGD", "margin": "margin PGD"}
 
 
 def summarize(runs: Sequence[dict]) -> list[dict]:
-    """One entry per setting and metric: both means, the paired difference dc - mean and its standard error.
+    """One entry per setting and metric; accuracies are shares.
 
-    Accuracies are shares; standard_error and interval (95 %, Student t) are None with a single seed.
+    Of runs with both weightings: both means over the seeds, the paired difference dc - mean, its standard error and the
+    half width of its interval (95 %, Student t). Of runs with one: its mean over the seeds, under the name of the
+    weighting, and the standard error of that. Errors and intervals are None with a single seed.
     """
     summary = []
+    weightings = _weightings(runs)
     for setting in dict.fromkeys(run["setting"] for run in runs):
-        final = {method: _by_seed(runs, setting, method) for method in METHODS}
-        seeds = sorted(final["dc"])
+        final = {weighting: _by_seed(runs, setting, weighting) for weighting in weightings}
+        seeds = sorted(final[weightings[0]])
         for metric in METRICS:
-            pairs = [(final["mean"][seed][metric], final["dc"][seed][metric]) for seed in seeds]
-            differences = [dc - mean for mean, dc in pairs]
-            error = statistics.stdev(differences) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
+            values = {weighting: [final[weighting][seed][metric] for seed in seeds] for weighting in weightings}
+            entry = {"setting": setting, "metric": metric, "seeds": len(seeds)}
+            entry |= {weighting: statistics.fmean(of_seeds) for weighting, of_seeds in values.items()}
+            if len(weightings) == 1:
+                summary.append({**entry, "standard_error": _standard_error(values[weightings[0]])})
+                continue
+            differences = [dc - mean for mean, dc in zip(values["mean"], values["dc"], strict=True)]
+            error = _standard_error(differences)
             summary.append(
                 {
-                    "setting": setting,
-                    "metric": metric,
-                    "mean": statistics.fmean(mean for mean, _ in pairs),
-                    "dc": statistics.fmean(dc for _, dc in pairs),
+                    **entry,
                     "difference": statistics.fmean(differences),
                     "standard_error": error,
                     "interval": None if error is None else error * float(stdtrit(len(seeds) - 1, 0.975)),
                     "won": sum(difference > 0 for difference in differences),
                     "tied": sum(difference == 0 for difference in differences),
-                    "seeds": len(seeds),
                 }
             )
     return summary
@@ -59,39 +69,39 @@ def summarize(runs: Sequence[dict]) -> list[dict]:
 
 def table(summary: Sequence[dict], config: ResolvedConfig) -> str:
     """Markdown table in percent, and below it what it says in words."""
-    header = ["setting", "accuracy, %", "mean", "dc_loss", "difference", "seeds won"]
-    rows = []
-    for setting in dict.fromkeys(entry["setting"] for entry in summary):
-        for entry in (entry for entry in summary if entry["setting"] == setting):
-            rows.append(
-                [
-                    setting if entry["metric"] == METRICS[0] else "",
-                    metric_name(entry["metric"], config),
-                    f"{100 * entry['mean']:.1f}",
-                    f"{100 * entry['dc']:.1f}",
-                    _difference(entry),
-                    f"{entry['won']} of {entry['seeds']}" + (f", {entry['tied']} tied" if entry["tied"] else ""),
-                ]
-            )
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    align = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
-    rule = "|".join(
-        ("-" * (width + 1) + ":") if pad is str.rjust else "-" * (width + 2)
-        for width, pad in zip(widths, align, strict=True)
-    )
-    lines = [
-        "| " + " | ".join(pad(cell, width) for cell, width, pad in zip(row, widths, align, strict=True)) + " |"
-        for row in [header, *rows]
-    ]
-    lines.insert(1, f"|{rule}|")
+    paired = "difference" in summary[0]
+    weightings = [weighting for weighting in COLUMNS if weighting in summary[0]]
+    header = ["setting", "accuracy, %", *(COLUMNS[weighting] for weighting in weightings)]
+    header += ["difference", "seeds won"] if paired else ["seeds"]
+    rows, previous = [], None
+    for entry in summary:
+        row = ["" if entry["setting"] == previous else entry["setting"], metric_name(entry["metric"], config)]
+        previous = entry["setting"]
+        if paired:
+            tied = f", {entry['tied']} tied" if entry["tied"] else ""
+            row += [f"{100 * entry[weighting]:.1f}" for weighting in weightings]
+            row += [_points(entry["difference"], entry["standard_error"], "+")]
+            row += [f"{entry['won']} of {entry['seeds']}{tied}"]
+        else:
+            row += [_points(entry[weightings[0]], entry["standard_error"]), str(entry["seeds"])]
+        rows.append(row)
+    names = _attack_names(config)
     notes = [
-        f"Linf radius {config.attack.eps}, {config.evaluate_on} part. "
-        f"Robust: survives PGD-{config.eval_steps} and margin PGD-{config.eval_steps}. "
-        "Worst class: robust accuracy of each model's worst class.",
-        "Difference: dc_loss - mean, paired by seed (same data, initial weights, batches and attack noise), "
-        "+- standard error.",
+        f"{ball(config)}, {config.evaluate.on} part. Robust: survives {names['pgd']} and {names['margin']}. "
+        "Worst class: robust accuracy of each model's worst class."
     ]
-    return "\n".join([*lines, "", *notes, "", *findings(summary), ""])
+    if paired:
+        notes.append(
+            "Difference: dc_loss - mean, paired by seed (same data, initial weights, batches and attack noise), "
+            "+- standard error."
+        )
+    else:
+        seeds = summary[0]["seeds"]
+        spread = f"mean of {seeds} seeds +- standard error" if seeds > 1 else "one seed, which has no spread"
+        notes.append(f"{config.method}, weights {weights_name(config.dual, weightings[0])}: {spread}.")
+    verdicts = ["", *findings(summary)] if paired else []
+    align = "llrrrl" if paired else "llrl"
+    return "\n".join([markdown(header, rows, align), "", *notes, *verdicts, ""])
 
 
 def findings(summary: Sequence[dict]) -> list[str]:
@@ -102,94 +112,226 @@ def findings(summary: Sequence[dict]) -> list[str]:
         "makes no clear difference": [],
         "cannot be judged": [],
     }
-    for entry in (entry for entry in summary if entry["metric"] == "robust"):
+    for entry in summary:
+        if entry["metric"] != "robust" or "difference" not in entry:
+            continue
+        shown = _points(entry["difference"], entry["standard_error"], "+")
         if entry["interval"] is None:
-            groups["cannot be judged"].append(
-                f"{entry['setting']} (one seed has no spread; {_difference(entry)} points)"
-            )
+            groups["cannot be judged"].append(f"{entry['setting']} (one seed has no spread; {shown} points)")
             continue
         clear = abs(entry["difference"]) > entry["interval"]
         verdict = ("helps" if entry["difference"] > 0 else "hurts") if clear else "makes no clear difference"
         won = f"better on {entry['won']} of {entry['seeds']} seeds"
-        groups[verdict].append(f"{entry['setting']} ({_difference(entry)} points, {won})")
+        groups[verdict].append(f"{entry['setting']} ({shown} points, {won})")
     return [
         f"In robust accuracy re-weighting {verdict}: {'; '.join(found)}." for verdict, found in groups.items() if found
     ]
 
 
+# ---- runs side by side ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as its folder has it."""
+
+    folder: pathlib.Path
+    config: ResolvedConfig
+    entries: list[dict]
+
+
+def read(folder: pathlib.Path) -> Run:
+    """Raises ConfigError if the folder is not that of a finished run."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no metrics.json, so it is no finished run of `armor train`")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        entries, config = metrics["runs"], metrics["config"]
+        for entry in entries:
+            _ = entry["setting"], entry["seed"], entry["weighting"], entry["history"], *map(entry["final"].get, METRICS)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged or of another version of armor ({_reason(error)})") from None
+    if not entries:
+        raise ConfigError(f"{path} holds no model")
+    return Run(folder, checkpoint.stored_config(config, path, ResolvedConfig), entries)
+
+
+def compare(folders: Iterable[pathlib.Path]) -> str:
+    """One markdown table of finished runs: a row per run, setting and weighting, and below it how they were judged.
+
+    Accuracies in percent, mean ± standard deviation over the seeds. A re-weighted model gets, if
+    its control is in the same run, the paired difference of robust accuracy ± its standard error. Raises ConfigError.
+    """
+    runs = [read(pathlib.Path(folder)) for folder in folders]
+    methods, settings = [run.config.method for run in runs], {entry["setting"] for run in runs for entry in run.entries}
+    # What tells no two rows apart is left out: tables are to fit a page.
+    named, with_settings = len(set(methods)) < len(methods), settings != {"balanced"}
+    header = [*(["run"] if named else []), "method", "weights", *(["setting"] if with_settings else [])]
+    header += ["clean", *ATTACKS.values(), "robust", "worst class", "difference"]
+    rows = []
+    for run in runs:
+        robust = {entry["setting"]: entry for entry in summarize(run.entries) if entry["metric"] == "robust"}
+        for setting, paired in robust.items():
+            for weighting in _weightings(run.entries):
+                final = list(_by_seed(run.entries, setting, weighting).values())
+                row = [run.folder.resolve().name] if named else []
+                row += [run.config.method, weights_name(run.config.dual, weighting)]
+                row += [setting] if with_settings else []
+                row += [with_spread([of_seed[metric] for of_seed in final]) for metric in METRICS]
+                has_control = weighting == "dc" and "difference" in paired
+                row += [_points(paired["difference"], paired["standard_error"], "+", "±") if has_control else ""]
+                rows.append(row)
+    align = "l" * (len(header) - len(METRICS) - 1) + "r" * (len(METRICS) + 1)
+    return "\n".join([markdown(header, rows, align), "", *_how_judged(runs), ""])
+
+
+def redraw(folder: pathlib.Path) -> None:
+    """The plots of a finished run once more, wherever its folder is now. Raises ConfigError."""
+    run = read(folder)
+    here = folder.resolve()
+    plot(here / "plots", run.entries, replace(run.config, runs_dir=str(here.parent), name=here.name))
+
+
+def _how_judged(runs: Sequence[Run]) -> list[str]:
+    """One line for each way in which runs were judged, with the names of the runs if there are several."""
+    ways: dict[str, list[str]] = {}
+    for run in runs:
+        config, count = run.config, len({entry["seed"] for entry in run.entries})
+        names = _attack_names(config)
+        way = (
+            f"{config.data}, {config.model}, {config.evaluate.on} part, {ball(config)}, {names['pgd']} and "
+            f"{names['margin']} with step {config.evaluate_step_size:.3g}; {count} {'seed' if count == 1 else 'seeds'}"
+        )
+        ways.setdefault(way, []).append(run.folder.resolve().name)
+    lines = [f"{way}." if len(ways) == 1 else f"{', '.join(names)}: {way}." for way, names in ways.items()]
+    return [
+        *lines,
+        "Percent, mean ± standard deviation over the seeds. Robust: survives both PGD attacks.",
+        "Worst class: robust accuracy of each model's worst class.",
+        "Difference: robust accuracy, re-weighted - uniform of the same run, paired by seed, ± standard error.",
+    ]
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
 def metric_name(metric: str, config: ResolvedConfig) -> str:
-    names = {
-        "clean": "clean",
-        "fgsm": "FGSM",
-        "pgd": f"PGD-{config.eval_steps}",
-        "margin": f"margin PGD-{config.eval_steps}",
-        "robust": "robust",
-        "worst_class": "worst class",
-    }
-    return names[metric]
+    return {**_attack_names(config), "worst_class": "worst class"}.get(metric, metric)
+
+
+def weights_name(dual: DualConfig, weighting: str) -> str:
+    """Such as "KL 0.2, kappa 1": the divergence with its order, its radius, and kappa."""
+    if weighting == "mean":
+        return "uniform"
+    order = "" if dual.alpha is None else f"({dual.alpha:g})"
+    solve = "" if dual.solve == "exact" else f", {dual.solve}"
+    return f"{DIVERGENCES[dual.divergence].partition('-')[0]}{order} {dual.radius:g}, kappa {dual.kappa:g}{solve}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """A table whose columns line up; align has l or r for each of them."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    rule = "|".join(
+        "-" * (width + 1) + (":" if side == "r" else "-") for width, side in zip(widths, align, strict=True)
+    )
+    lines = [
+        " | ".join(
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, align, strict=True)
+        )
+        for row in [header, *rows]
+    ]
+    lines = [f"| {line} |" for line in lines]
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+
+
+def _attack_names(config: ResolvedConfig) -> dict[str, str]:
+    steps = config.evaluate.steps
+    if config.evaluate.norm == "binary":
+        return {"fgsm": "rFGSM", "pgd": f"rFGSM^{steps}", "margin": f"margin rFGSM^{steps}"}
+    return {"fgsm": ATTACKS["fgsm"], "pgd": f"{ATTACKS['pgd']}-{steps}", "margin": f"{ATTACKS['margin']}-{steps}"}
+
+
+def ball(config: ResolvedConfig) -> str:
+    if config.evaluate.norm == "binary":
+        return "Binary features"
+    return f"{NORMS[config.evaluate.norm or 'linf']} radius {config.evaluate.eps}"
+
+
+def _points(share: float, error: float | None, sign: str = "", between: str = "+-") -> str:
+    """A share in percent with its error, such as 58.5 +- 0.8."""
+    return f"{100 * share:{sign}.1f}" + ("" if error is None else f" {between} {100 * error:.1f}")
+
+
+def with_spread(shares: Sequence[float]) -> str:
+    return _points(statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else None, between="±")
+
+
+def _seeds(config: ResolvedConfig) -> str:
+    return "one seed" if config.seeds == 1 else f"mean of {config.seeds} seeds with standard error"
+
+
+# ---- plots ---------------------------------------------------------------------------------------------------------
 
 
 def plot(folder: pathlib.Path, runs: Sequence[dict], config: ResolvedConfig) -> None:
-    """curves and dual as PNG and SVG, and samples-SETTING.png, in `folder`."""
+    """In `folder`, as PNG and SVG: curves and, of re-weighted models, dual; as PNG the samples-SETTING of images."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("curves", _curves(runs, config)), ("dual", _dual(runs, config))):
+    figures = {"curves": _curves(runs, config)}
+    if "dc" in config.weightings:
+        figures["dual"] = _dual(runs, config)
+    for name, figure in figures.items():
         for suffix in ("png", "svg"):
             figure.savefig(folder / f"{name}.{suffix}", dpi=130)
-    for setting in config.settings:
+    for setting in config.settings if "dc" in config.weightings else []:
         content = checkpoint.load(checkpoint_path(config, Job(setting, config.first_seed, "dc")))
-        _samples(content["samples"], setting, config).savefig(folder / f"samples-{setting}.png", dpi=130)
+        if _are_images(content["samples"]["x_adv"]):
+            _samples(content["samples"], setting, config).savefig(folder / f"samples-{setting}.png", dpi=130)
 
 
 def _curves(runs: Sequence[dict], config: ResolvedConfig) -> Figure:
     """Validation accuracy over the epochs: mean over the seeds, band of one standard error."""
-    rows = (("clean", "clean accuracy, %"), ("pgd", f"PGD-{config.attack.steps} accuracy, %"))
+    rows = (("clean", "clean accuracy, %"), ("robust", "robust accuracy, %"))
     figure, axes = _grid(rows, config)
     for row, (name, label) in enumerate(rows):
         for column, setting in enumerate(config.settings):
-            for method in METHODS:
-                _line(
-                    axes[row, column],
-                    _history(runs, setting, method, name) * 100,
-                    COLOURS[method],
-                    LABELS[method],
-                )
+            for weighting in config.weightings:
+                values = _history(runs, setting, weighting, name) * 100
+                _line(axes[row, column], values, COLOURS[weighting], LABELS[weighting])
         axes[row, 0].set_ylabel(label)
-    figure.suptitle(f"{config.data}: accuracy on the validation part, {_seeds(config)}", fontsize=11)
+    figure.suptitle(f"{_title(config)}: accuracy on the validation part, {_seeds(config)}", fontsize=11)
     _legend(figure, axes)
     return figure
 
 
 def _dual(runs: Sequence[dict], config: ResolvedConfig) -> Figure:
-    """Temperature lambda + kappa and effective sample size of dc_loss over the epochs."""
-    rows = (("lam", "λ + κ"), ("effective_share", "effective sample size, %"))
+    """Temperature lambda + kappa of the re-weighted models and effective sample size over the epochs."""
+    rows = (("mu", "λ + κ"), ("effective_share", "effective sample size, %"))
     figure, axes = _grid(rows, config)
     for column, setting in enumerate(config.settings):
-        _line(
-            axes[0, column],
-            _history(runs, setting, "dc", "lam") + config.dual.kappa,
-            COLOURS["dc"],
-            LABELS["dc"],
-        )
+        _line(axes[0, column], _history(runs, setting, "dc", "mu"), COLOURS["dc"], LABELS["dc"])
         axes[0, column].axhline(
             config.dual.kappa, color="black", linewidth=0.8, linestyle=":", label=f"κ = {config.dual.kappa:g}"
         )
-        for method in METHODS:
-            _line(
-                axes[1, column],
-                _history(runs, setting, method, "effective_share") * 100,
-                COLOURS[method],
-                LABELS[method],
-            )
+        for weighting in config.weightings:
+            values = _history(runs, setting, weighting, "effective_share") * 100
+            _line(axes[1, column], values, COLOURS[weighting], LABELS[weighting])
         axes[1, column].set_ylim(0, 105)
     for row, (_, label) in enumerate(rows):
         axes[row, 0].set_ylabel(label)
     figure.suptitle(
-        f"{config.data}: the dual of each batch, epoch means, {_seeds(config)} "
+        f"{_title(config)}: the dual of each batch, epoch means, {_seeds(config)} "
         f"({DIVERGENCES[config.dual.divergence]} radius {config.dual.radius:g})",
         fontsize=11,
     )
     _legend(figure, axes)
     return figure
+
+
+def _are_images(x: Tensor) -> bool:
+    """Of one or three channels, in contrast to tables of features."""
+    return x.dim() == 4 and x.shape[1] in (1, 3)
 
 
 def _samples(samples: dict, setting: str, config: ResolvedConfig) -> Figure:
@@ -199,7 +341,8 @@ def _samples(samples: dict, setting: str, config: ResolvedConfig) -> Figure:
     axes = figure.subplots(2, count, squeeze=False)
     for index, axis in enumerate(axes.flat):
         label, true_label, predicted = (int(samples[name][index]) for name in ("label", "true_label", "predicted"))
-        axis.imshow(samples["x_adv"][index, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+        picture = samples["x_adv"][index].permute(1, 2, 0).squeeze(2).numpy()
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)  # a picture in colour has no need of the map
         axis.set_xticks([])
         axis.set_yticks([])
         noisy = f" (true {true_label})" if label != true_label else ""
@@ -213,7 +356,7 @@ def _samples(samples: dict, setting: str, config: ResolvedConfig) -> Figure:
     for row, name in enumerate(("most weighted", "least weighted")):
         axes[row, 0].set_ylabel(name, fontsize=9)
     figure.suptitle(
-        f"{config.data}, {setting}, seed {config.first_seed}: attacked training samples and how many times "
+        f"{_title(config)}, {setting}, seed {config.first_seed}: attacked training samples and how many times "
         "the uniform weight they get",
         fontsize=10,
     )
@@ -235,12 +378,12 @@ def _grid(rows: Sequence, config: ResolvedConfig) -> tuple[Figure, np.ndarray]:
 
 
 def _line(axis: Axes, values: np.ndarray, colour: str, label: str) -> None:
-    """values [seeds, epochs]"""
-    epochs = np.arange(1, values.shape[1] + 1)
-    middle = values.mean(0)
+    """values [seeds, epochs]; NaN after the end of a run that its monitor stopped."""
+    epochs, known = np.arange(1, values.shape[1] + 1), np.ma.masked_invalid(values)
+    middle = known.mean(0)
     axis.plot(epochs, middle, color=colour, linewidth=1.8, label=label, marker="o" if len(epochs) == 1 else None)
     if len(values) > 1:
-        error = values.std(0, ddof=1) / math.sqrt(len(values))
+        error = known.std(0, ddof=1) / np.sqrt(known.count(0))
         axis.fill_between(epochs, middle - error, middle + error, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -252,18 +395,36 @@ def _legend(figure: Figure, axes: np.ndarray) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False, fontsize=9)
 
 
-def _seeds(config: ResolvedConfig) -> str:
-    return "one seed" if config.seeds == 1 else f"mean of {config.seeds} seeds with standard error"
+def _title(config: ResolvedConfig) -> str:
+    return config.data if config.method == "pgd" else f"{config.data}, {config.method}"
 
 
-def _difference(entry: dict) -> str:
-    error = "" if entry["standard_error"] is None else f" +- {100 * entry['standard_error']:.1f}"
-    return f"{100 * entry['difference']:+.1f}{error}"
+# ---- entries -------------------------------------------------------------------------------------------------------
 
 
-def _by_seed(runs: Sequence[dict], setting: str, method: str) -> dict[int, dict]:
-    return {run["seed"]: run["final"] for run in runs if (run["setting"], run["method"]) == (setting, method)}
+def _weightings(runs: Sequence[dict]) -> list[str]:
+    """Those that occur, uniform weights first."""
+    return [weighting for weighting in COLUMNS if any(run["weighting"] == weighting for run in runs)]
 
 
-def _history(runs: Sequence[dict], setting: str, method: str, name: str) -> np.ndarray:
-    return np.array([run["history"][name] for run in runs if (run["setting"], run["method"]) == (setting, method)])
+def _by_seed(runs: Sequence[dict], setting: str, weighting: str) -> dict[int, dict]:
+    return {run["seed"]: run["final"] for run in _of(runs, setting, weighting)}
+
+
+def _history(runs: Sequence[dict], setting: str, weighting: str, name: str) -> np.ndarray:
+    """[seeds, epochs]"""
+    curves = [run["history"][name] for run in _of(runs, setting, weighting)]
+    longest = max(len(curve) for curve in curves)
+    return np.array([curve + [None] * (longest - len(curve)) for curve in curves], dtype=float)
+
+
+def _of(runs: Sequence[dict], setting: str, weighting: str) -> list[dict]:
+    return [run for run in runs if (run["setting"], run["weighting"]) == (setting, weighting)]
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ Called by `armor train` and usable from Python as `armor.training.run(TrainConfi
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import pathlib
 import platform
@@ -21,8 +22,8 @@ import yaml
 import armor
 from armor.training import data, loop, report
 from armor.training.config import ConfigError, ResolvedConfig, TrainConfig, resolve
-from armor.training.loop import METHODS, Job
-from armor.training.step import stream
+from armor.training.loop import Job
+from armor.training.step import make_model, stream
 from armor.training.workers import run_jobs
 
 
@@ -35,15 +36,16 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
     """
     config = resolve(given)
     splits = data.load(config, stream(config.first_seed, "split"))
+    with torch.random.fork_rng(devices=[]):  # only to see that the model fits the data, before anything is made
+        make_model(config, splits)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    jobs = [Job(setting, seed, method) for setting in config.settings for seed in seeds for method in METHODS]
+    jobs = [Job(*job) for job in itertools.product(config.settings, seeds, config.weightings)]
     work = [_work(job, splits, config) for job in jobs]
     folder = _make_folder(config, overwrite)
     facts = _facts(config, seeds)
     _write(folder / "config.yaml", yaml.safe_dump({**asdict(config), "recorded": facts}, sort_keys=False))
 
-    settings = ", ".join(config.settings)
-    print(f"{len(jobs)} models on {config.device}: {settings} x {config.seeds} seeds x mean and dc", flush=True)
+    print(_announcement(config, len(jobs)), flush=True)
     runs = run_jobs(functools.partial(loop.run_job, config=config), jobs, work, config.workers, config.threads)
 
     summary = report.summarize(runs)
@@ -59,8 +61,15 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
 
 def _work(job: Job, splits: data.Splits, config: ResolvedConfig) -> int:
     train = data.apply_setting(splits.train, job.setting, config, stream(job.seed, "setting"))
-    judged = splits.test if config.evaluate_on == "test" else splits.validation
+    judged = getattr(splits, config.evaluate.on)
     return loop.image_passes(len(train), len(splits.validation), len(judged), config)
+
+
+def _announcement(config: ResolvedConfig, count: int) -> str:
+    models = "1 model" if count == 1 else f"{count} models"
+    settings, seeds = ", ".join(config.settings), "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    names = " and ".join(config.weightings)
+    return f"{models} on {config.device}: {config.data}, {config.method}, {settings} x {seeds} x {names}"
 
 
 def _make_folder(config: ResolvedConfig, overwrite: bool) -> pathlib.Path:
@@ -81,11 +90,20 @@ def _make_folder(config: ResolvedConfig, overwrite: bool) -> pathlib.Path:
 
 def _facts(config: ResolvedConfig, seeds: range) -> dict:
     """What a reader needs to judge or repeat the run beside its configuration."""
-    packages = ["numpy"] + (["scikit-learn"] if config.data == "digits" else [])
     return {
         "eps": config.eps,
         "step_size": config.step_size,
+        "evaluate_eps": config.evaluate_eps,
+        "evaluate_step_size": config.evaluate_step_size,
         "seeds": list(seeds),
+        **environment(config),
+    }
+
+
+def environment(config: ResolvedConfig) -> dict:
+    """Versions, device and commit, of `armor train` and of `armor eval`."""
+    packages = ["numpy"] + (["scikit-learn"] if config.data == "digits" else [])
+    return {
         "versions": {
             "armor": armor.__version__,
             "python": platform.python_version(),

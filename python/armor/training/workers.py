@@ -96,7 +96,8 @@ def _result(future: Any, job: Any) -> Any:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise JobError(f"a worker process died, out of memory or killed, while {job} was running or waiting") from error
+        reason = "out of memory, killed, or started by a script without `if __name__ == '__main__':`"
+        raise JobError(f"a worker process died while {job} was running or waiting: {reason}") from error
     except Exception as error:
         raise JobError(f"{job} failed: {type(error).__name__}: {error}") from error
 
