@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 
 from armor import attacks, ops
-from armor.training.config import AttackConfig, DualConfig, TrainConfig, resolve
+from armor.training.config import AttackConfig, DualConfig, TrainConfig, training_attack
 from armor.training.models import mnist_cnn, resnet18
+from armor.training.resolve import resolve
 from armor.training.step import TrainState, train_step
+from armor.training.view import AttackView
 from benchmarks import markdown, naive
 from benchmarks.counter import Counter, fake_cuda
 
@@ -112,12 +114,25 @@ def armor_step(method, dual, model, optimizer, steps, cuda):
 
 
 def armor_train_step(method, dual, model, optimizer, steps, cuda):
-    """The step that `armor train` takes, with PGD; it returns loss, lambda and effective sample size as well."""
-    config = resolve(TrainConfig(data="mnist", device="cpu", attack=AttackConfig(steps=steps)))
-    dual = None if dual is None else DualConfig(**dual)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    state = TrainState(model, optimizer, schedule, batches=None, noise=None, attack_warmup=0)
-    return lambda x, y: train_step(state, x, y, config, dual)
+    """The step that `armor train` takes, with PGD; it returns loss, mu and effective sample size as well."""
+    dual = DualConfig(divergence="mean") if dual is None else DualConfig(**dual)
+    config = resolve(TrainConfig(data="mnist", device="cpu", attack=AttackConfig(steps=steps), dual=dual))
+    state = TrainState(
+        config=config,
+        weighting=config.weightings[0],
+        model=model,
+        net=model,
+        view=AttackView(model),
+        attack=training_attack(config),
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        attack_warmup=0,
+        steps_per_epoch=1,
+        batches=None,
+        noise=None,
+        mu=torch.ones((), device=cuda),
+    )
+    return lambda x, y: train_step(state, x, y)
 
 
 STEPS_OF = {"scripts": naive_step, "armor": armor_step, "armor train": armor_train_step}

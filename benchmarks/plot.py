@@ -25,6 +25,7 @@ STYLES = {
     "armor": ("#0072b2", "armor.ops"),
     "armor_op": ("#009e73", "bare op, forward only"),
     "mean": ("#999999", "losses.mean()"),
+    "passes": ("#999999", "passes of the net alone"),
 }
 
 

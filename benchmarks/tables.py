@@ -13,12 +13,13 @@ from typing import NamedTuple
 from benchmarks import markdown
 
 PROVIDERS = ["published", "scipy", "brent", "torchattacks", "backward", "autograd", "eager", "compile"]
-PROVIDERS += ["armor", "armor_op", "mean"]
+PROVIDERS += ["armor", "armor_op", "mean", "passes"]
 OURS = {"armor", "armor_op", "mean"}
 
 
 class Target(NamedTuple):
-    """A promise: times faster than a baseline, or at most us above it, at a shape and for the given cases or all."""
+    """A promise: times faster than a baseline, or at most us or % above it, at a shape and for the given cases or all.
+    metric: of the time, or of the peak of the memory."""
 
     shape: tuple | None
     provider: str
@@ -27,6 +28,7 @@ class Target(NamedTuple):
     unit: str
     limit: float
     cases: tuple = ()
+    metric: str = "time"
 
 
 class Kernel(NamedTuple):
@@ -41,6 +43,8 @@ class Kernel(NamedTuple):
 
 
 CIFAR = (128, 3 * 32 * 32)
+NETS = ("resnet18", "mnist-cnn", "resnet8")
+TRAINED = ("trades", "mart", "renyi", "penalised-ot")
 SHOWN = {
     "dual": Kernel(
         "divergence",
@@ -89,29 +93,34 @@ SHOWN = {
     ),
     "train": Kernel(
         "net",
-        {f"{net} {kind}": f"{net} {kind}" for net in ("resnet18", "resnet8") for kind in ("fp32", "tf32", "bf16")},
+        {f"{net} {kind}": f"{net} {kind}" for net in NETS for kind in ("fp32", "tf32", "bf16")},
         "images",
-        [],
-        mode="step",
+        [
+            *(Target(None, "armor", mode, "published", "times", 1.7) for mode in ("trades", "mart")),
+            *(Target(None, "armor", mode, "published", "times", 1.5) for mode in ("renyi", "penalised-ot")),
+            *(Target(None, "armor", mode, "passes", "%", 3) for mode in TRAINED),
+            *(Target(None, "armor", mode, "published", "%", 0, metric="peak") for mode in TRAINED),
+        ],
+        mode="trades",
     ),
 }
 
 
 def full(records):
-    """Provenance, targets, the table of times of every thread count and mode, and what an operator moves."""
-    kernel, times = SHOWN[records[0]["kernel"]], _times(records)
+    """Provenance, targets, the table of times of every thread count and mode, memory, and what an operator moves."""
+    kernel, times = SHOWN[records[0]["kernel"]], _medians(records, "time")
     sections = dict.fromkeys((key[0], key[4]) for key in times)
-    parts = [_provenance(kernel, records), _targets(kernel, times)]
+    parts = [_provenance(kernel, records), _targets(kernel, records)]
     parts += [_section(kernel, times, *section) for section in sections]
-    return _join([*parts, *_traffic(kernel, records)])
+    return _join([*parts, *_memory(kernel, records), *_traffic(kernel, records)])
 
 
 def summary(records):
     """Provenance, targets, and the kernel's most telling times on the fewest threads."""
-    kernel, times = SHOWN[records[0]["kernel"]], _times(records)
+    kernel, times = SHOWN[records[0]["kernel"]], _medians(records, "time")
     telling = {key: time for key, time in times.items() if not kernel.cases or key[1] in kernel.cases}
     section = _section(kernel, telling, min(key[0] for key in times), kernel.mode)
-    return _join([_provenance(kernel, records), _targets(kernel, times), section])
+    return _join([_provenance(kernel, records), _targets(kernel, records), section])
 
 
 def insert(text, recorded):
@@ -126,9 +135,9 @@ def insert(text, recorded):
     return markdown.renew(text, "benchmarks", {"summary": short} | {name: partial(long, name) for name in SHOWN})
 
 
-def _times(records):
+def _medians(records, metric):
     names = ("threads", "case", "rows", "n", "mode", "provider")
-    return {tuple(r[name] for name in names): r["p50"] for r in records if r["metric"] == "time"}
+    return {tuple(r[name] for name in names): r["p50"] for r in records if r["metric"] == metric}
 
 
 def _join(parts):
@@ -141,50 +150,61 @@ def _provenance(kernel, records):
     return f"Medians on {one['device']}, {versions}, float32 {kernel.data}, {one['time'][:10]}."
 
 
-def _targets(kernel, times):
-    if not kernel.targets:
-        return "No targets."
-    lines = markdown.head(["target", "threads", *kernel.titles.values(), "reached"])
+def _targets(kernel, records):
+    medians = {metric: _medians(records, metric) for metric in ("time", "peak")}
+    titles = {case: title for case, title in kernel.titles.items() if any(key[1] == case for key in medians["time"])}
+    lines = []
     for target in kernel.targets:
-        for threads in sorted({key[0] for key in times}):
+        found = medians[target.metric]
+        for threads in sorted({key[0] for key in found}):
             pairs = [
-                _pair(times, threads, case, target) if not target.cases or case in target.cases else None
-                for case in kernel.titles
+                _pair(found, threads, case, target) if not target.cases or case in target.cases else None
+                for case in titles
             ]
             reached = [_reached(target, *pair) for pair in pairs if pair]
             if reached:
                 cells = ["" if pair is None else _figure(target, *pair) for pair in pairs]
-                lines.append(markdown.line([_promise(target), str(threads), *cells, "yes" if all(reached) else "no"]))
-    return "\n".join(lines)
+                verdict = "yes" if all(reached) else "no"
+                lines.append(markdown.line([_promise(target), str(threads), *cells, verdict]))
+    if not lines:
+        return "No targets."
+    return "\n".join([*markdown.head(["target", "threads", *titles.values(), "reached"]), *lines])
 
 
-def _pair(times, threads, case, target):
-    """Times of armor and of what it is held against, or None."""
+def _pair(medians, threads, case, target):
+    """What is measured of armor and of what it is held against, or None."""
     found = {
-        key[5]: time
-        for key, time in times.items()
+        key[5]: median
+        for key, median in medians.items()
         if (key[0], key[1], key[4]) == (threads, case, target.mode) and target.shape in (None, key[2:4])
     }
     return (found[target.provider], found[target.against]) if {target.provider, target.against} <= set(found) else None
 
 
 def _reached(target, ours, theirs):
-    return theirs >= target.limit * ours if target.unit == "times" else ours - theirs <= target.limit
+    if target.unit == "times":
+        return theirs >= target.limit * ours
+    if target.unit == "%":
+        return ours <= (1 + target.limit / 100) * theirs
+    return ours - theirs <= target.limit
 
 
 def _figure(target, ours, theirs):
-    return f"{theirs / ours:.3g}x" if target.unit == "times" else markdown.duration(ours - theirs)
+    if target.unit == "times":
+        return f"{theirs / ours:.3g}x"
+    return f"{100 * (ours / theirs - 1):+.1f} %" if target.unit == "%" else markdown.duration(ours - theirs)
 
 
 def _promise(target):
-    if target.unit == "us":
-        promise = f"at most {target.limit} us above"
+    if target.unit != "times":
+        promise = f"at most {target.limit} {target.unit} above"
     else:
         promise = "at least as fast as" if target.limit == 1 else f"at least {target.limit} times faster than"
     where = [target.provider, target.mode]
     if target.shape:
         where.append(f"n = {target.shape[1]}" if target.shape[0] == 1 else "{} x {}".format(*target.shape))
-    return f"{', '.join(where)}: {promise} {target.against}"
+    what = "memory at most that of" if target.metric == "peak" and target.limit == 0 else promise
+    return f"{', '.join(where)}: {what} {target.against}"
 
 
 def _section(kernel, times, threads, mode):
@@ -201,6 +221,22 @@ def _section(kernel, times, threads, mode):
             cells.append(f"{found[p] / found['armor']:.3g}x" if both else "")
         lines.append(markdown.line(cells))
     return "\n".join(lines)
+
+
+def _memory(kernel, records):
+    """The table of the peaks of memory, which do not depend on the threads; none for a kernel without them."""
+    peaks = {key[1:]: peak for key, peak in _medians(records, "peak").items()}
+    shown = _shown(key[4] for key in peaks)
+    others = [p for p in shown if p not in OURS]
+    lines = ["The most memory that a step needs, weights and the state of the optimizer included:", ""]
+    lines += markdown.head([kernel.case, "rows x n", "mode", *shown, *(f"{p} / armor" for p in others)])
+    for problem in dict.fromkeys(key[:4] for key in peaks):
+        found = {p: peaks[(*problem, p)] for p in shown if (*problem, p) in peaks}
+        cells = [problem[0], f"{problem[1]} x {problem[2]}", problem[3]]
+        cells += [markdown.size(found[p]) if p in found else "" for p in shown]
+        cells += [f"{found[p] / found['armor']:.3g}x" if {p, "armor"} <= set(found) else "" for p in others]
+        lines.append(markdown.line(cells))
+    return ["\n".join(lines)] if peaks else []
 
 
 def _traffic(kernel, records):

@@ -16,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("sklearn")
 
 from armor.training import AttackConfig, ConfigError, TrainConfig, data, sources
-from armor.training.config import SpeedConfig, resolve
+from armor.training.config import SpeedConfig
+from armor.training.resolve import resolve
 from armor.training.step import stream
 
 
@@ -114,6 +115,9 @@ def test_long_tail_of_three_classes():
     tail = data.apply_setting(train, "long-tail", c, stream(0, "setting"))
     assert sorted(torch.bincount(tail.y).tolist()) == [25, 50, 100]
     assert torch.equal(tail.x.long() % 3, tail.y)
+    # A class is never lost: 2, 2 / 10 ** 0.5 and 2 / 10 samples.
+    tail = data.apply_setting(train[:6], "long-tail", settings(long_tail_ratio=10), stream(0, "setting"))
+    assert sorted(torch.bincount(tail.y).tolist()) == [1, 1, 2]
 
 
 def test_long_tail_needs_every_class():
@@ -431,6 +435,17 @@ def test_a_streamed_folder_gives_what_a_kept_one_gives(folder, monkeypatch, augm
             assert x2.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_streamed_folder_is_not_binary(folder, monkeypatch):
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    decoded = []
+    monkeypatch.setattr(sources, "decode", lambda *given: decoded.append(given))
+    with pytest.raises(
+        ConfigError, match="norm binary needs features that are 0 or 1, and the train part of data image-f"
+    ):
+        load(folder_settings(folder, attack=AttackConfig(norm="binary")))
+    assert not decoded
+
+
 def test_a_streamed_epoch_leaves_the_global_random_numbers_alone(folder, monkeypatch):
     c = folder_settings(folder)
     _, streamed = both_ways(c, monkeypatch)
@@ -546,6 +561,7 @@ PICTURES = np.zeros((40, 8, 8, 3), np.uint8)
         ({"x_train": X.astype("U1")}, "x_train must be numbers .n, d., got <U1"),
         ({"x_train": X[:, :0], "x_test": X[:8, :0]}, "x_train must have at least one feature"),
         ({"x_train": X[:, :4]}, r"x_train is \(40, 4\) and x_test \(8, 5\), which differ in a sample"),
+        ({"x_train": X * -1.0}, "x_train must lie in .0, 1., which attacks stay in, got values from -1.0 to"),
         ({"x_train": X * 2}, "x_train must lie in .0, 1., which attacks stay in, got values from 0 to 2"),
         (
             {"x_test": table()["x_test"] * np.nan},

@@ -15,9 +15,10 @@ from test_data import table, write_images
 
 from armor import cli
 from armor.training import AttackConfig, ConfigError, TrainConfig, checkpoint, data, judge, loop
-from armor.training.config import EvaluateConfig, resolve
+from armor.training.config import EvaluateConfig
 from armor.training.evaluate import METRICS, evaluate
 from armor.training.judge import JudgeConfig
+from armor.training.resolve import resolve
 from armor.training.step import stream
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from armor.training import ConfigError, models
-from armor.training.config import DATA_DEFAULTS
 from armor.training.models import build
+from armor.training.resolve import DATA_DEFAULTS
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 # WRN at its smallest; the one of the papers is only looked at on the meta device.

@@ -21,8 +21,9 @@ from armor.training import (
     checkpoint,
     report,
 )
-from armor.training.config import EvaluateConfig, OptimizerConfig, resolve
+from armor.training.config import EvaluateConfig, OptimizerConfig
 from armor.training.loop import Job, checkpoint_path
+from armor.training.resolve import resolve
 
 # A plot of nothing but missing values is drawn all the same, with a warning.
 pytestmark = pytest.mark.filterwarnings("error")

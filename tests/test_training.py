@@ -25,11 +25,11 @@ from armor.training.config import (
     EvaluateConfig,
     OptimizerConfig,
     SpeedConfig,
-    resolve,
     training_attack,
 )
 from armor.training.evaluate import evaluate
 from armor.training.graph import WARMUPS, GraphedUpdate
+from armor.training.resolve import resolve
 from armor.training.step import effective_share, make_model, make_state, stream, train_step
 from benchmarks import naive
 
@@ -287,6 +287,8 @@ def test_fast_paths_equal_the_plain_path(method, model):
             )
         )
         state = state_of(c, shape=(3, 32, 32))
+        kernels = [p for p in state.model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        assert all(p.is_contiguous() == (path == "plain") for p in kernels)
         before = flat(state.model)
         losses[path] = torch.stack([train_step(state, x, y)[0] for _ in range(2)])
         weights[path] = flat(state.model) - before

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from armor.training import checkpoint, data, report
-from armor.training.config import ConfigError, Norm, ResolvedConfig, SpeedConfig, TrainConfig, resolve
+from armor.training.config import ConfigError, Norm, ResolvedConfig, SpeedConfig, TrainConfig
 from armor.training.evaluate import BATCH, METRICS, evaluate, image_passes
 from armor.training.loop import Job, judging
+from armor.training.resolve import resolve
 from armor.training.run import environment
 from armor.training.step import make_model, precision, stream
 

@@ -21,8 +21,9 @@ import yaml
 
 import armor
 from armor.training import data, loop, report
-from armor.training.config import ConfigError, ResolvedConfig, TrainConfig, resolve
+from armor.training.config import ConfigError, ResolvedConfig, TrainConfig
 from armor.training.loop import Job
+from armor.training.resolve import resolve
 from armor.training.step import make_model, stream
 from armor.training.workers import run_jobs
 

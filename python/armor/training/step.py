@@ -262,8 +262,8 @@ def make_state(config: ResolvedConfig, seed: int, weighting: str, problem: Probl
 def make_model(config: ResolvedConfig, problem: Problem) -> nn.Module:
     """The freshly initialised model, drawn from torch's global generator, for samples in [0, 1]."""
     model = models.build(config.model, problem.shape, problem.classes, **config.model_options)
-    if config.speed.channels_last and len(problem.shape) == 3:
-        model = model.to(memory_format=torch.channels_last)
+    if not config.speed.channels_last:
+        model = model.to(memory_format=torch.contiguous_format)
     return models.Normalized(problem.mean, problem.std, model) if config.normalize else model
 
 

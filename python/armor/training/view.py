@@ -33,7 +33,7 @@ FOLDS = {
 class AttackView:
     """Frozen picture of a model: `view(x)` are its logits, differentiable in x alone.
 
-    A plain callable and no module: `armor.attacks.Transport` leaves it in the mode that `eval_mode` says. Call `refresh`
+    A plain callable and no module: `armor.attacks.Transport` leaves it in the mode of `eval_mode`. Call `refresh`
     after the weights or statistics of the model have changed; until then what is folded is that of the earlier model.
 
     What is not folded shares its storage with the model. Folded is a BatchNorm with running statistics that alone reads
