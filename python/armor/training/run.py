@@ -24,7 +24,7 @@ from armor.training import data, loop, report
 from armor.training.config import ConfigError, ResolvedConfig, TrainConfig
 from armor.training.loop import Job
 from armor.training.resolve import resolve
-from armor.training.step import make_model, stream
+from armor.training.step import make_model, make_view, stream
 from armor.training.workers import run_jobs
 
 
@@ -38,7 +38,7 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
     config = resolve(given)
     splits = data.load(config, stream(config.first_seed, "split"))
     with torch.random.fork_rng(devices=[]):  # only to see that the model fits the data, before anything is made
-        make_model(config, splits)
+        view = make_view(config, make_model(config, splits))
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [Job(*job) for job in itertools.product(config.settings, seeds, config.weightings)]
     work = [_work(job, splits, config) for job in jobs]
@@ -47,6 +47,8 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
     _write(folder / "config.yaml", yaml.safe_dump({**asdict(config), "recorded": facts}, sort_keys=False))
 
     print(_announcement(config, len(jobs)), flush=True)
+    if config.speed.fold and view.why_unfolded:
+        print(f"The attack runs the model unfolded, because {view.why_unfolded}", flush=True)
     runs = run_jobs(functools.partial(loop.run_job, config=config), jobs, work, config.workers, config.threads)
 
     summary = report.summarize(runs)

@@ -233,8 +233,7 @@ def make_state(config: ResolvedConfig, seed: int, weighting: str, problem: Probl
     model = model.to(config.device).train()
     optimizer = make_optimizer(config, model)
     steps = config.epochs * steps_per_epoch
-    eval_mode = config.attack.batchnorm == "eval"
-    view = AttackView(model, fold=config.speed.fold, compile=config.speed.compile, eval_mode=eval_mode)
+    view = make_view(config, model)
     dual, dual_optimizer = _make_dual(config, weighting)
     # The price of the first step; one that is never used nor solved for is no number.
     priced = weighting == "dc" or config.method in COST_METHODS
@@ -265,6 +264,12 @@ def make_model(config: ResolvedConfig, problem: Problem) -> nn.Module:
     if not config.speed.channels_last:
         model = model.to(memory_format=torch.contiguous_format)
     return models.Normalized(problem.mean, problem.std, model) if config.normalize else model
+
+
+def make_view(config: ResolvedConfig, model: nn.Module) -> AttackView:
+    """The model as it is attacked."""
+    eval_mode = config.attack.batchnorm == "eval"
+    return AttackView(model, fold=config.speed.fold, compile=config.speed.compile, eval_mode=eval_mode)
 
 
 def _attack(config: ResolvedConfig, view: AttackView, strength: float = 1.0) -> attacks.Transport:
