@@ -50,6 +50,7 @@ NETS = {
     "mnist-cnn": Net("mnist-cnn", (1, 28, 28), 128, 3),
     "resnet8": Net("benchmarks.bench_attack:resnet", (3, 32, 32), 128, 10),
 }
+WARMUPS = 5  # on a GPU: `armor train` captures its graph in the fourth step
 TURNS = 1 if ON_GPU else 3  # the providers take turns, so that a slow minute of the machine falls on all of them
 
 # The authors' settings (docs/presets.md), but for ten steps of every attack.
@@ -140,12 +141,14 @@ def judged(case):
     found = []
 
     def twice():  # only from the second step on does the optimizer have all its state
-        training = build(case, CHECKED)
+        training = build(ungraphed, CHECKED)
         found.extend(watched(training))
         training.run()
 
     if case.provider == "passes":
         return None, {}
+    # What is captured by hand has no first step that could be watched.
+    ungraphed = case._replace(mode=case.mode.removesuffix(" graph")) if case.provider == "eager" else case
     with precision(configured(case)):
         peak = measure.peak(twice)
         return check(case, *found), {"peak": peak}
@@ -170,7 +173,8 @@ def prepared(case):
         run = build(case).run
         if ON_GPU:
             gc.collect()  # what the last case had
-            run()
+            for _ in range(WARMUPS):
+                run()
     return run
 
 
@@ -307,16 +311,18 @@ def check(case, x_adv, loss, gradient, steps=CHECKED):
     """Relative error of the loss that the first step of the case found with the samples x_adv and whose gradient the
     optimizer got."""
     config = configured(case, steps)
-    _, _, model, x, y = build(case._replace(provider="eager", mode=case.mode.split()[0]), steps)
+    # In another layout sums are rounded in another way, which moves ReLUs of a deep net: 1 % of ResNet-18's gradient.
+    plain = case._replace(mode=case.mode.split()[0], provider="published" if case.provider == "published" else "eager")
+    _, _, model, x, y = build(plain, steps)
     x_adv, gradient = x_adv.to(x), [torch.from_numpy(each).to(x) for each in gradient]
     most = config.eps if config.method != "penalised-ot" else steps * config.step_size
     assert (x_adv - x).abs().max() <= most + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     plain_samples = naive.careful_attack(model, x, y, config.method, **attack_settings(config))
-    clean, found, plain = (objective(config, model, x, y, images) for images in (x, x_adv, plain_samples))
-    raised = (found - clean) / (plain - clean)
-    assert plain > clean
+    clean, found, usual = (objective(config, model, x, y, images) for images in (x, x_adv, plain_samples))
+    raised = (found - clean) / (usual - clean)
+    assert usual > clean
     assert raised > 0.75, f"{case.provider} raises the objective {raised:.2g} times as much as the plain loop"
 
     loss_tolerance, gradient_tolerance = TOLERANCES[case.case.split()[1]]

@@ -198,6 +198,26 @@ def test_the_table_of_a_page_is_renewed(tmp_path, monkeypatch):
     assert table.count("| _step | Triton |") == 5
 
 
+@pytest.mark.parametrize("unit", ["interpret-triton-dual", "compile-triton-dual", "execute-cuda-dual"])
+def test_without_triton_its_units_are_skipped(unit, tmp_path):
+    """PyTorch for the CPU alone brings no Triton; the other units run without it."""
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('No module named triton', name='triton')")
+    command = [sys.executable, "-m", "kernelcheck.audit", unit, "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}:{ROOT}:{ROOT / 'python'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped: could not import 'triton'" in done.stdout
+    assert done.stdout.endswith("audit: passed, but for what was skipped\n")
+
+
+def test_a_page_may_be_renewed_without_triton(monkeypatch):
+    absent = importlib.metadata.distributions
+    monkeypatch.setattr(
+        importlib.metadata, "distributions", lambda: [each for each in absent() if each.metadata["Name"] != "triton"]
+    )
+    assert ", triton not installed, " in audit.versions()
+
+
 def test_a_unit_that_breaks_off_fails_the_audit(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))

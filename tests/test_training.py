@@ -480,6 +480,16 @@ def test_swa_averages_epochs_and_meets_the_training_samples(tmp_path):
 def test_effective_share():
     assert effective_share(torch.tensor([0.25, 0.25, 0.25, 0.25])).item() == pytest.approx(1.0)
     assert effective_share(torch.tensor([1.0, 0.0, 0.0, 0.0])).item() == pytest.approx(0.25)
+    assert effective_share(torch.tensor([3.0, 3.0, 3.0, 3.0])).item() == pytest.approx(
+        1.0
+    )  # of duals that are not exact
+    assert effective_share(torch.zeros(4)).item() == 0
+
+
+def test_duals_that_leave_no_sample_a_weight_end_the_run(tmp_path):
+    stuck = DualConfig("alpha", 0.2, 0.0, 3.0, "frozen", lam=1.0, nu=100.0)
+    with pytest.raises(FloatingPointError, match=r"no sample of epoch 1 has any weight; another dual.nu or dual.lam"):
+        run_job(config(tmp_path, dual=stuck), "dc")
 
 
 # --- one job

@@ -102,6 +102,8 @@ def fit(
             raise FloatingPointError(
                 f"the loss is {record[1].item()} in epoch {epoch}; a smaller learning rate may help"
             )
+        if record[3] == 0:
+            raise FloatingPointError(f"no sample of epoch {epoch} has any weight; another dual.nu or dual.lam may help")
         average_epoch(state, train, extra, epoch)
         curve = validation_accuracy(state.judged, validation, config, job.seed)
         progress(len(validation) * (CURVE_STEPS + 1))

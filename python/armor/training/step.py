@@ -106,20 +106,6 @@ def update(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([value.detach(), losses.detach().mean(), state.mu, share])
 
 
-class Problem(Protocol):
-    """What a model must fit: the shape of a sample, the number of classes and, to normalise by, the mean and standard
-    deviation of every channel. `data.Splits` is one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def classes(self) -> int: ...
-    @property
-    def mean(self) -> Tensor: ...
-    @property
-    def std(self) -> Tensor: ...
-
-
 class Objective(NamedTuple):
     """value: what is minimised. losses: of the samples, [B]. mu, share: of the re-weighting, detached."""
 
@@ -185,7 +171,7 @@ def reweigh(
         return value, result.lam + state.config.dual.kappa, effective_share(result.weights)
     value = state.dual(losses, costs)
     (weights,) = torch.autograd.grad(value, losses, retain_graph=True)
-    return value, price(state), effective_share(weights / weights.sum())
+    return value, price(state), effective_share(weights)
 
 
 def price(state: TrainState) -> Tensor:
@@ -223,6 +209,20 @@ def weights_perturbed(state: TrainState, objective: Callable[[], Objective]) -> 
 
 
 # ---- the state -----------------------------------------------------------------------------------------------------
+
+
+class Problem(Protocol):
+    """What a model must fit: the shape of a sample, the number of classes and, to normalise by, the mean and standard
+    deviation of every channel. `data.Splits` is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def std(self) -> Tensor: ...
 
 
 def make_state(config: ResolvedConfig, seed: int, weighting: str, problem: Problem, steps_per_epoch: int) -> TrainState:
@@ -319,8 +319,10 @@ def precision(config: ResolvedConfig) -> Iterator[None]:
 
 
 def effective_share(weights: Tensor) -> Tensor:
-    """Effective sample size 1 / sum(w^2) over n: 1 for uniform weights, 1/n if one sample has it all."""
-    return 1 / (weights.square().sum() * weights.numel())
+    """Effective sample size sum(w)^2 / sum(w^2) over n: 1 for uniform weights, 1/n if one sample has it all; 0 if none
+    has any, which learned and frozen duals may come to."""
+    squares = weights.square().sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    return weights.sum().square() / (squares * weights.numel())
 
 
 def stream(seed: int, use: str, device: str = "cpu") -> torch.Generator:
