@@ -6,6 +6,7 @@ docs/benchmarks.md says how to read the result.
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -91,21 +92,45 @@ def _measure(kernel, quick, out, device, extra):
 
 
 def _run(kernel, report, threads, quick, device, extra):
-    """Whether all cases passed. One process per thread count: OpenMP reads its settings only once."""
+    """Whether all cases passed."""
     report.parent.mkdir(exist_ok=True)
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{kernel}.py", "-q", "-p", "no:cacheprovider"]
+    selection = [f"benchmarks/bench_{kernel}.py", *(["-k", QUICK[kernel]] if quick else []), *extra]
+    timing = ["--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"]
     # A round of at least 50 us, so that timer and loop cost nothing beside a solve of a few.
-    command += ["-p", "benchmarks.deadline", "--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"]
-    command += ["--benchmark-min-time=0.00005", "--benchmark-min-rounds=3"]
-    command += [f"--benchmark-max-time={0.05 if quick else 0.3}"]
-    command += [f"--benchmark-json={report}", *(["-k", QUICK[kernel]] if quick else []), *extra]
-    if kernel == "train" and device == "cpu":  # minutes, in which the machine does other things as well
-        command.append("--benchmark-timer=time.process_time")
+    timing += ["--benchmark-min-time=0.00005", "--benchmark-min-rounds=3"]
+    timing += [f"--benchmark-max-time={0.05 if quick else 0.3}"]
+    if kernel == "train" and device == "cpu":
+        # Minutes, in which the machine does other things as well: CPU time.
+        return _run_apart(selection, [*timing, "--benchmark-timer=time.process_time"], report, threads, device)
+    return _timed(selection, timing, report, threads, device)
+
+
+def _run_apart(selection, timing, report, threads, device):
+    """Every case in a process of its own, because what malloc does depends on what the process did before."""
+    collected = _pytest([*selection, "--collect-only"], threads, device, capture_output=True, text=True).stdout
+    parts, passed = [], True
+    for case in (line for line in collected.splitlines() if "::" in line):
+        passed &= _timed([case], timing, report, threads, device)
+        if report.exists():
+            parts.append(json.loads(report.read_text()))
+    if parts:
+        report.write_text(json.dumps(parts[0] | {"benchmarks": [one for part in parts for one in part["benchmarks"]]}))
+    return passed
+
+
+def _timed(selection, timing, report, threads, device):
+    """pytest-benchmark writes no report if no case was timed."""
+    report.unlink(missing_ok=True)
+    return _pytest([*selection, *timing, f"--benchmark-json={report}"], threads, device).returncode == 0
+
+
+def _pytest(arguments, threads, device, **options):
+    """One process per thread count: OpenMP reads its settings only once."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.deadline", *arguments]
     # torch takes the smaller of the first two; OpenBLAS's threads only hinder L-BFGS-B in two variables.
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
     env |= {"OMP_WAIT_POLICY": "passive", "ARMOR_BENCH_DEVICE": device}
-    return subprocess.run(command, cwd=ROOT, env=os.environ | env).returncode == 0
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, **options)
 
 
 if __name__ == "__main__":

@@ -338,5 +338,5 @@ def test_page_shows_what_is_counted():
 
 
 def test_pages_without_a_table_are_refused():
-    with pytest.raises(ValueError, match="no <!-- counts:steps -->"):
+    with pytest.raises(ValueError, match="no marker <!-- counts:steps -->"):
         counts.insert("<!-- counts:losses -->\n<!-- /counts:losses -->\n")

@@ -21,6 +21,7 @@ from armor import attacks
 from armor.attacks import modes
 from armor.ops import cross_entropy, dc_loss
 from armor.training import checkpoint, data, evaluate
+from armor.training.allocator import keep_memory
 from armor.training.config import COST_METHODS, ResolvedConfig, training_attack
 from armor.training.step import TrainState, autocast, make_state, precision, sample_losses, stream, train_step
 
@@ -47,6 +48,8 @@ class Job:
 def run_job(job: Job, progress: Callable[[int], object], config: ResolvedConfig) -> dict:
     """Trains and judges one model; returns the job's entry of metrics.json. `config` must be resolved."""
     started = time.perf_counter()
+    if config.device == "cpu":
+        keep_memory()
     with precision(config):
         splits = data.load(config, stream(job.seed, "split"))
         train = data.apply_setting(splits.train, job.setting, config, stream(job.seed, "setting")).to(config.device)
