@@ -87,8 +87,8 @@ PUBLISHED = {
     "renyi": functools.partial(naive.pgd_training_step, unused=True),
     "penalised-ot": functools.partial(naive.penalised_ot_training_step, unused=True),
 }
-# What the rounding of the net may cause: relative errors of the loss and of the gradient.
-TOLERANCES = {"fp32": (1e-4, 1e-3), "tf32": (1e-2, 0.1), "bf16": (5e-2, 0.3)}
+# What the rounding of the net may cause: relative errors of the loss, and of the gradient, in which it moves ReLUs.
+TOLERANCES = {"fp32": (1e-4, 5e-2), "tf32": (1e-2, 0.1), "bf16": (5e-2, 0.3)}
 
 
 def cases():
