@@ -26,7 +26,7 @@ audit: .venv/installed  ## all that can be proven of the GPU kernels on a CPU, o
 	PYTHONPATH=tests $(BIN)/python -m kernelcheck.audit $(ARGS)
 
 bench: .venv/installed  ## time the operators against what they replace
-	$(BIN)/python -m benchmarks dual transport rowloss attack
+	$(BIN)/python -m benchmarks dual transport rowloss attack train
 
 # abi3 wheels, tagged by auditwheel with the oldest C library that they load on. With no GPU in sight the CUDA module is
 # compiled for all architectures of a release. What .venv has without CUDA, or under ARMOR_CUDA=0, has no CUDA wheel.
