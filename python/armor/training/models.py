@@ -250,7 +250,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     if not colon:
         known = [*BY_NAME, "wrn-34-10"]
         forms = "wrn-DEPTH-WIDTH, torchvision:NAME, timm:NAME and package.module:callable"
-        raise ConfigError(f"unknown model {name!r}{_nearest(name, known)}; there are {', '.join(BY_NAME)}, {forms}")
+        raise ConfigError(f"unknown model {name!r}{nearest(name, known)}; there are {', '.join(BY_NAME)}, {forms}")
     if source in ("torchvision", "timm"):
         return _of_library(name, source, rest)
     return _of_user(name, source, rest)
@@ -264,7 +264,7 @@ def _of_library(name: str, package: str, model: str) -> Callable[..., nn.Module]
         known, create = library.models.list_models(module=library.models), library.models.get_model
         is_known = model in known  # the classifiers alone
     if not is_known:
-        raise ConfigError(f"{package} has no classifier {model!r}{_nearest(model, known)}")
+        raise ConfigError(f"{package} has no classifier {model!r}{nearest(model, known)}")
 
     def make(num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
         channels = {"in_chans": input_shape[0]} if package == "timm" else {}
@@ -287,8 +287,8 @@ def _of_user(name: str, module_name: str, attribute: str) -> Callable[..., nn.Mo
             reason = f"importing it raised {type(error).__name__}: {error}"
         raise ConfigError(f"model {name}: module {module_name!r} cannot be imported: {reason}") from error
     if not hasattr(module, attribute):
-        nearest = _nearest(attribute, dir(module))
-        raise ConfigError(f"model {name}: module {module_name!r} has no {attribute!r}{nearest}")
+        meant = nearest(attribute, dir(module))
+        raise ConfigError(f"model {name}: module {module_name!r} has no {attribute!r}{meant}")
     made: Callable[..., nn.Module] = getattr(module, attribute)
     if isinstance(made, nn.Module) or not callable(made):
         kind = type(made).__name__
@@ -304,9 +304,10 @@ def _library(name: str, package: str) -> Any:
         raise ConfigError(f"model {name} needs {package}, {reason}") from error
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), cutoff=0.5)
-    return f" (do you mean {' or '.join(nearest)}?)" if nearest else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What the user may have meant by a name that is not known, to be put behind it."""
+    found = difflib.get_close_matches(name, list(known), cutoff=0.6)
+    return f" (do you mean {' or '.join(found)}?)" if found else ""
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------

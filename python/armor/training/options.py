@@ -7,13 +7,12 @@ wrong comes out as a ConfigError of one sentence.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.resources
 import pathlib
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jsonargparse
@@ -21,6 +20,7 @@ import yaml
 
 from armor.training.config import ConfigError, TrainConfig
 from armor.training.judge import JudgeConfig
+from armor.training.models import nearest
 
 PRESETS = importlib.resources.files("armor") / "presets"
 COMMANDS = ("train", "eval", "report", "info")
@@ -181,11 +181,6 @@ def _list_presets() -> None:
 
 
 # ---- sentences -----------------------------------------------------------------------------------------------------
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), cutoff=0.6)
-    return f" (do you mean {' or '.join(found)}?)" if found else ""
 
 
 def _underscored(argument: str) -> str:
