@@ -417,6 +417,15 @@ def test_images_train_the_cnn(tmp_path, capsys, data, suffix):
     assert shapes == [(32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (100, 3136), (10, 100)]
 
 
+def test_a_reader_that_leaves_is_no_error():
+    """`armor train --preset help | head`"""
+    command = armor("train", "--preset", "help")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141
+
+
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_ctrl_c_ends_every_process(tmp_path):
     options = ["--epochs", "100000", "--workers", "2", "--seeds", "2", "--name", "long", "--runs-dir"]

@@ -5,6 +5,7 @@ What the user got wrong is answered with one sentence and exit status 2; armor/t
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 import traceback
@@ -13,13 +14,18 @@ from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 1 a job failed, 2 wrong use, 130 interrupted."""
+    """Runs one command; returns its exit status: 0, 1 a job failed, 2 wrong use, 130 interrupted, 141 unread."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["info"]:
         # Before any import of an extra, because a broken installation is what `info` is asked about.
         return _info({})
     try:
-        return _command(arguments)
+        status = _command(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `| head`; what is still buffered must not be written at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("armor"):
             raise
