@@ -423,7 +423,7 @@ TURN = r"must turn a batch \(2, 1, 28, 28\) into logits \(2, 10\), got "
         ("wrn-34-0", "the width at least 1"),
         ("no_such.file:net", "module 'no_such.file' cannot be imported: No module named 'no_such'; is its folder in"),
         (":net", "module '' cannot be imported: importing it raised ValueError"),
-        ("zoo:modell", r"module 'zoo' has no 'modell' \(do you mean model or"),
+        ("zoo:modell", r"module 'zoo' has no 'modell' \(do you mean model[ ?]"),
         ("zoo:model", "'model' must be a function or class that makes a model, got a Linear"),
         ("zoo:number", "'number' must be a function or class that makes a model, got a int"),
         ("zoo:wants_more", r"cannot be made with {'classes': 10}: missing a required argument: 'depth'"),
