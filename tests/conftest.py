@@ -1,5 +1,7 @@
 """What every test runs under: poisoned uninitialised memory, one thread, and no GPU test without a GPU."""
 
+import signal
+
 import pytest
 import torch
 from poison import poisoned_memory
@@ -26,6 +28,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ctrl_c_works():
+    """Also where the tests run in the background of a script, whose shell has Ctrl-C ignored; children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items):

@@ -426,14 +426,6 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.wait(60) == 141
 
 
-@pytest.fixture
-def ctrl_c_works():
-    """Also where the tests run in the background of a script, whose shell has Ctrl-C ignored; children inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_ctrl_c_ends_every_process(tmp_path, ctrl_c_works):
     options = ["--epochs", "100000", "--workers", "2", "--seeds", "2", "--name", "long", "--runs-dir"]

@@ -54,7 +54,7 @@ def test_a_failing_step_is_reported_and_stops_no_other(tmp_path):
     assert not (tmp_path / "first.txt").exists()
 
 
-def test_a_step_that_hangs_is_ended(tmp_path, monkeypatch):
+def test_a_step_that_hangs_is_ended(tmp_path, monkeypatch, ctrl_c_works):
     """With all that it started, and after it could write down what it has, as on Ctrl-C."""
     monkeypatch.setattr(gpu, "GRACE", 2)
     child = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
