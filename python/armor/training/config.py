@@ -340,8 +340,6 @@ def training_attack(config: ResolvedConfig, strength: float = 1.0, **options: An
     options = {"start": given.start, "loss": given.loss, "eval_mode": given.batchnorm == "eval", **options}
     options = {name: value for name, value in options.items() if value is not None}
     eps, steps, step_size = strength * config.eps, given.steps, strength * config.step_size
-    if given.norm == "binary":
-        return attacks.rfgsm_k(steps, step_size, **options)
     if config.method == "udr":
         tau = step_size if given.tau is None else strength * parse_number(given.tau, "attack.tau")
         return attacks.udr(eps, tau, steps, step_size, **options)
@@ -351,7 +349,14 @@ def training_attack(config: ResolvedConfig, strength: float = 1.0, **options: An
         options = {"start": "gaussian", "loss": "kl", **options}
     elif config.method == "mart":
         options = {"start": "gaussian", "beta": beta(config), **options}
-    return attacks.pgd(eps, steps, step_size, given.norm, sigma=given.sigma, **options)
+    return attack_in(given.norm, eps, steps, step_size, sigma=given.sigma, **options)
+
+
+def attack_in(norm: Norm, eps: float, steps: int, step_size: float, **options: Any) -> attacks.Transport:
+    """PGD in the ball or, of binary features, which have none, rFGSM^k; options are those of `Transport`."""
+    if norm == "binary":
+        return attacks.rfgsm_k(steps, step_size, **options)
+    return attacks.pgd(eps, steps, step_size, norm, **options)
 
 
 def beta(config: TrainConfig) -> float:

@@ -7,13 +7,13 @@ loop.py after training and by judge.py for models that are on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from armor.attacks import Transport, modes, pgd, rfgsm_k
+from armor.attacks import Transport, modes
 from armor.ops.transport import draw_seeds
+from armor.training.config import Norm, attack_in
 from armor.training.data import Part
 
 METRICS = ("clean", "fgsm", "pgd", "margin", "robust", "worst_class")
@@ -24,7 +24,7 @@ def evaluate(
     model: nn.Module,
     samples: Part,
     *,
-    norm: str = "linf",
+    norm: Norm = "linf",
     eps: float,
     steps: int,
     step_size: float | None = None,
@@ -84,18 +84,11 @@ def image_passes(samples: int, steps: int) -> int:
     return samples * (2 * steps + 2)
 
 
-def _attacks(norm: str, eps: float, steps: int, step_size: float) -> dict[str, Transport]:
-    if norm == "binary":
-        return {
-            "fgsm": rfgsm_k(1, eps),
-            "pgd": rfgsm_k(steps, step_size),
-            "margin": rfgsm_k(steps, step_size, loss="margin"),
-        }
-    ball: dict[str, Any] = {"norm": norm}
+def _attacks(norm: Norm, eps: float, steps: int, step_size: float) -> dict[str, Transport]:
     return {
-        "fgsm": pgd(eps, 1, eps, start="clean", **ball),
-        "pgd": pgd(eps, steps, step_size, **ball),
-        "margin": pgd(eps, steps, step_size, loss="margin", **ball),
+        "fgsm": attack_in(norm, eps, 1, eps, start="clean"),
+        "pgd": attack_in(norm, eps, steps, step_size),
+        "margin": attack_in(norm, eps, steps, step_size, loss="margin"),
     }
 
 

@@ -39,7 +39,7 @@ class GraphedUpdate:
         self.captured: Captured | None = None
 
     def __call__(self, state: TrainState, x: Tensor, y: Tensor) -> Tensor:
-        settled = state.step >= max(state.attack_warmup, (state.config.awp.start - 1) * state.steps_per_epoch)
+        settled = state.step >= max(state.attack_warmup, state.awp_warmup)
         if not settled or len(y) < state.config.batch_size:
             return self.update(state, x, y)
         if self.warmed < WARMUPS:

@@ -62,7 +62,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, with the options of `armor eval` in its configuration; the weights stay in the file."""
+    """A checkpoint, with the options of `armor eval` in its configuration; the network is on the CPU."""
 
     path: pathlib.Path
     sha256: str
@@ -71,6 +71,7 @@ class Model:
     final: dict[str, float]
     input_shape: tuple[int, ...]
     classes: int
+    network: nn.Module
 
 
 def judge(path: pathlib.Path, given: JudgeConfig) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def judge(path: pathlib.Path, given: JudgeConfig) -> dict[str, Any]:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     if given.json is not None:
         check_writable(pathlib.Path(given.json))
-    models = sorted((_open(file, given)[0] for file in _files(path)), key=_place)
+    models = sorted((_open(file, given) for file in _files(path)), key=_place)
     results = [_judge(model, given, f"{number} of {len(models)}") for number, model in enumerate(models, 1)]
 
     config = models[0].config
@@ -127,8 +128,8 @@ def _place(model: Model) -> tuple[int, int, bool]:
     return settings.index(model.job.setting), model.job.seed, model.job.weighting == "dc"
 
 
-def _open(path: pathlib.Path, given: JudgeConfig) -> tuple[Model, nn.Module]:
-    """The checkpoint and its model, on the device that was asked for. Raises ConfigError."""
+def _open(path: pathlib.Path, given: JudgeConfig) -> Model:
+    """Raises ConfigError if the file holds no model that these options can judge."""
     content = checkpoint.load(path, needed=NEEDED)
     config = _changed(checkpoint.stored_config(content["config"], path, TrainConfig), given)
     try:
@@ -144,8 +145,7 @@ def _open(path: pathlib.Path, given: JudgeConfig) -> tuple[Model, nn.Module]:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the weights in {path} do not fit model {config.model}: {reason}") from None
-    model = Model(path, checkpoint.sha256(path), config, job, content["final"], shape, classes)
-    return model, network.to(config.device).eval()
+    return Model(path, checkpoint.sha256(path), config, job, content["final"], shape, classes, network.eval())
 
 
 def _changed(stored: TrainConfig, given: JudgeConfig) -> ResolvedConfig:
@@ -192,7 +192,7 @@ def _judge(model: Model, given: JudgeConfig, title: str) -> dict[str, Any]:
             f"samples {tuple(splits.shape)} of {splits.classes} classes"
         )
     samples = getattr(splits, config.evaluate.on).to(config.device)
-    network = _open(model.path, given)[1]
+    network = model.network.to(config.device)
     passes = image_passes(len(samples), config.evaluate.steps)
     bar_format = "{percentage:3.0f}% |{bar:30}| {elapsed} < {remaining} {desc}"
     with precision(config), tqdm(total=passes, desc=f"{job}, {title}", bar_format=bar_format) as bar:
@@ -207,6 +207,7 @@ def _judge(model: Model, given: JudgeConfig, title: str) -> dict[str, Any]:
             )
         except ValueError as error:  # such as a norm that the data do not allow
             raise ConfigError(f"{model.path} cannot be judged so: {error}") from None
+    network.to("cpu")  # or the models of a run would gather on the device
     settings = {
         "data": config.data,
         "data_dir": config.data_dir,

@@ -22,7 +22,7 @@ from armor.attacks import modes
 from armor.ops import cross_entropy, dc_loss
 from armor.training import checkpoint, data, evaluate
 from armor.training.allocator import keep_memory
-from armor.training.config import COST_METHODS, ResolvedConfig, training_attack
+from armor.training.config import COST_METHODS, ResolvedConfig, attack_in, training_attack
 from armor.training.step import TrainState, autocast, make_state, precision, sample_losses, stream, train_step
 
 CURVE_SAMPLES = 1000  # of the validation part, for the accuracy curves and the selection
@@ -159,10 +159,9 @@ def validation_accuracy(model: nn.Module, samples: data.Part, config: ResolvedCo
 
 def selecting_attack(config: ResolvedConfig) -> attacks.Transport:
     """CURVE_STEPS steps in the ball of the evaluation, long enough to cross it."""
-    eps = config.evaluate_eps
-    if config.evaluate.norm == "binary":
-        return attacks.rfgsm_k(CURVE_STEPS, 1 / CURVE_STEPS)
-    return attacks.pgd(eps, CURVE_STEPS, 2.5 * eps / CURVE_STEPS, config.evaluate.norm or "linf")
+    norm, eps = config.evaluate.norm or "linf", config.evaluate_eps
+    way = 1.0 if norm == "binary" else 2.5 * eps
+    return attack_in(norm, eps, CURVE_STEPS, way / CURVE_STEPS)
 
 
 def judging(config: ResolvedConfig) -> dict:

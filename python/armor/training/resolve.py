@@ -16,7 +16,6 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from armor.losses import DCLoss, LearnedDual
-from armor.ops import Binary
 from armor.training.config import (
     COST_METHODS,
     SETTINGS,
@@ -71,6 +70,7 @@ def resolve(given: TrainConfig) -> ResolvedConfig:
         "evaluate": replace(
             given.evaluate, norm=_or(given.evaluate.norm, attack.norm), eps=_or(given.evaluate.eps, attack.eps)
         ),
+        "speed": replace(given.speed, fold=given.speed.fold and attack.batchnorm == "eval"),
         "device": device,
         "name": _or(given.name, f"{given.data}-{given.method}-{time.strftime('%Y%m%d-%H%M%S')}"),
         "workers": 1,
@@ -144,8 +144,7 @@ def _check_method(config: ResolvedConfig) -> None:
             raise ConfigError(f"dual.solve {dual.solve} has no use with dual.divergence mean, which has no dual")
         if config.control:
             raise ConfigError("control has no use with dual.divergence mean, which is the control itself")
-    if not (config.awp.gamma >= 0 and math.isfinite(config.awp.gamma)):
-        raise ConfigError(f"awp.gamma must be at least 0, got {config.awp.gamma}")
+    _check_at_least("awp.gamma", config.awp.gamma, 0)
     _check_at_least("awp.start", config.awp.start, 1)
 
 
@@ -158,42 +157,34 @@ def _check_dual(dual: DualConfig) -> None:
         _ask("dual", lambda: DCLoss(**dual.ball))
     else:
         _ask("dual", lambda: LearnedDual(**dual.ball, lam=dual.lam, nu=dual.nu))
-    if not (dual.lam > 0 and math.isfinite(dual.lam)):
-        raise ConfigError(f"dual.lam must be positive and finite, got {dual.lam}")
-    if not (dual.lr > 0 and math.isfinite(dual.lr)):
-        raise ConfigError(f"dual.lr must be positive and finite, got {dual.lr}")
+    _check_positive("dual.lam", dual.lam)
+    _check_positive("dual.lr", dual.lr)
 
 
 def _check_attack(config: ResolvedConfig) -> None:
     given, method = config.attack, config.method
     _check_at_least("attack.steps", given.steps, 1)
     _check_at_least("evaluate.steps", config.evaluate.steps, 1)
-    for name, eps, text in (
-        ("attack.eps", config.eps, given.eps),
-        ("evaluate.eps", config.evaluate_eps, config.evaluate.eps),
+    for name, eps, text, norm in (
+        ("attack.eps", config.eps, given.eps, given.norm),
+        ("evaluate.eps", config.evaluate_eps, config.evaluate.eps, config.evaluate.norm),
     ):
-        norm = given.norm if name == "attack.eps" else config.evaluate.norm
         if norm in ("linf", "binary") and not 0 < eps <= 1:
             raise ConfigError(f"{name} must lie in (0, 1] because pixels lie in [0, 1], got {text!r}")
-        if not (eps > 0 and math.isfinite(eps)):
-            raise ConfigError(f"{name} must be positive and finite, got {text!r}")
-    for name, number in (("attack.step_size", config.step_size), ("evaluate.step_size", config.evaluate_step_size)):
-        if not (number > 0 and math.isfinite(number)):
-            raise ConfigError(f"{name} must be positive and finite, got {number}")
-    if given.warmup is None or not 0 <= given.warmup <= 1:
-        raise ConfigError(f"attack.warmup must lie in [0, 1], got {given.warmup}")
+        _check_positive(name, eps, repr(text))
+    _check_positive("attack.step_size", config.step_size)
+    _check_positive("evaluate.step_size", config.evaluate_step_size)
+    _check_share("attack.warmup", given.warmup or 0.0)
     if given.norm != "linf" and method in COST_METHODS:
         raise ConfigError(f"attack.norm has no use with method {method}, whose cost has its own; got {given.norm}")
     if given.norm == "binary" and method not in ("pgd", "natural"):
         raise ConfigError(f"attack.norm binary needs method pgd, got {method}")
     if config.monitor and (given.steps > 1 or method == "natural"):
         raise ConfigError(f"monitor is for attacks of one step, got {given.steps} steps with method {method}")
-    if config.speed.fold and given.batchnorm == "train":
-        config.speed = replace(config.speed, fold=False)
     attack = _ask("attack", lambda: training_attack(config))
     if attack.loss in ("kl", "mart") and method not in ("trades", "mart"):
         raise ConfigError(f"attack.loss {attack.loss} belongs to trades and mart, got it with method {method}")
-    if given.loss is not None and isinstance(attack.cost, Binary) and given.loss != "ce":
+    if given.norm == "binary" and given.loss not in (None, "ce"):
         raise ConfigError(f"attack.norm binary maximises ce, got attack.loss {given.loss}")
 
 
@@ -202,8 +193,7 @@ def _check_training(config: ResolvedConfig) -> None:
     for name in ("seeds", "epochs", "batch_size"):
         _check_at_least(name, getattr(config, name), 1)
     _check_at_least("first_seed", config.first_seed, 0)
-    if optimizer.lr is None or not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
-        raise ConfigError(f"optimizer.lr must be positive and finite, got {optimizer.lr}")
+    _check_positive("optimizer.lr", optimizer.lr or 0.0)
     for name in ("momentum", "warmup"):
         _check_share(f"optimizer.{name}", getattr(optimizer, name))
     _check_at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
@@ -251,6 +241,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_at_least(name: str, value: float, least: float) -> None:
     if not value >= least or math.isinf(value):
         raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_positive(name: str, value: float, given: object = None) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} must be positive and finite, got {value if given is None else given}")
 
 
 def _check_share(name: str, value: float) -> None:

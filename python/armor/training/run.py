@@ -41,7 +41,9 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
         view = make_view(config, make_model(config, splits))
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [Job(*job) for job in itertools.product(config.settings, seeds, config.weightings)]
-    work = [_work(job, splits, config) for job in jobs]
+    work: dict[str, int] = {
+        setting: _work(setting, splits, config) for setting in config.settings
+    }  # the same for every seed
     folder = _make_folder(config, overwrite)
     facts = _facts(config, seeds)
     _write(folder / "config.yaml", yaml.safe_dump({**asdict(config), "recorded": facts}, sort_keys=False))
@@ -49,7 +51,8 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
     print(_announcement(config, len(jobs)), flush=True)
     if config.speed.fold and view.why_unfolded:
         print(f"The attack runs the model unfolded, because {view.why_unfolded}", flush=True)
-    runs = run_jobs(functools.partial(loop.run_job, config=config), jobs, work, config.workers, config.threads)
+    amounts = [work[job.setting] for job in jobs]
+    runs = run_jobs(functools.partial(loop.run_job, config=config), jobs, amounts, config.workers, config.threads)
 
     summary = report.summarize(runs)
     metrics = {"config": asdict(config), "recorded": facts, "summary": summary, "runs": runs}
@@ -62,8 +65,8 @@ def run(given: TrainConfig, *, overwrite: bool = False) -> dict:
     return metrics
 
 
-def _work(job: Job, splits: data.Splits, config: ResolvedConfig) -> int:
-    train = data.apply_setting(splits.train, job.setting, config, stream(job.seed, "setting"))
+def _work(setting: str, splits: data.Splits, config: ResolvedConfig) -> int:
+    train = data.apply_setting(splits.train, setting, config, stream(config.first_seed, "setting"))
     judged = getattr(splits, config.evaluate.on)
     return loop.image_passes(len(train), len(splits.validation), len(judged), config)
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from armor.training.config import ResolvedConfig
 
+ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
 
 def make_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of all parameters of the model."""
@@ -20,8 +22,7 @@ def make_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Opti
         lr = torch.tensor(given.lr, device=config.device)  # a number would be part of the graph for good
     if given.name == "sgd":
         return torch.optim.SGD(model.parameters(), lr, momentum=given.momentum, nesterov=given.nesterov, **fixed)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[given.name]
-    return kind(model.parameters(), lr, capturable=config.speed.cuda_graph, **fixed)
+    return ADAMS[given.name](model.parameters(), lr, capturable=config.speed.cuda_graph, **fixed)
 
 
 def make_schedule(

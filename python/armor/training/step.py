@@ -21,7 +21,7 @@ from armor.ops import cross_entropy, dc_loss, mart_loss, trades_loss
 from armor.training import models
 from armor.training.config import COST_METHODS, ResolvedConfig, beta, training_attack
 from armor.training.graph import GraphedUpdate
-from armor.training.schedule import make_optimizer, make_schedule
+from armor.training.schedule import ADAMS, make_optimizer, make_schedule
 from armor.training.view import AttackView
 
 # One independent stream of random numbers per use, so that the two models of a pair, which differ in the
@@ -55,6 +55,11 @@ class TrainState:
     def step(self) -> int:
         """Steps done."""
         return self.schedule.last_epoch
+
+    @property
+    def awp_warmup(self) -> int:
+        """Steps until the weights are perturbed, if they ever are."""
+        return (self.config.awp.start - 1) * self.steps_per_epoch
 
     @property
     def judged(self) -> nn.Module:
@@ -187,7 +192,7 @@ def weights_perturbed(state: TrainState, objective: Callable[[], Objective]) -> 
     not count in BatchNorm's statistics.
     """
     gamma, model = state.config.awp.gamma, state.model
-    if gamma == 0 or state.step < (state.config.awp.start - 1) * state.steps_per_epoch:
+    if gamma == 0 or state.step < state.awp_warmup:
         yield
         return
     weights = [weight for weight in model.parameters() if weight.dim() > 1 and weight.requires_grad]
@@ -284,8 +289,7 @@ def _make_dual(config: ResolvedConfig, weighting: str) -> tuple[LearnedDual | No
     dual = LearnedDual(**given.ball, lam=given.lam, nu=given.nu).to(config.device)
     if given.solve == "frozen":
         return dual.requires_grad_(False), None
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[given.optimizer]
-    return dual, kind(dual.parameters(), lr=given.lr, capturable=config.speed.cuda_graph)
+    return dual, ADAMS[given.optimizer](dual.parameters(), lr=given.lr, capturable=config.speed.cuda_graph)
 
 
 def _make_average(config: ResolvedConfig, model: nn.Module) -> AveragedModel | None:
