@@ -11,9 +11,11 @@ import pytest
 import torch
 from cases import Problem, random_problem, solve
 from kernelcheck import cuda_ops
+from kernelcheck.on_device import on_two_streams
 
 from armor import dc_loss, library, reference
 from armor.ops import Status
+from benchmarks.measure import graphed
 
 inf, nan = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64]
@@ -226,39 +228,21 @@ def test_cuda_graphs(group):
         output = dual(*rows, *NUMBERS)
         return *output, *dual_backward(ones, output[1], output[3], *rows)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = graphed(step, warmups=1)
     for seed in (1, 2):
         for static, new in zip(rows, random_rows(LENGTHS[group], seed), strict=True):
             static.copy_(new)
-        graph.replay()
-        assert_bit_equal(captured, step())
+        assert_bit_equal(replay(), step())
 
 
-# The rows arrive on the stream only after it has slept: a launch on any other stream would not wait for them. And two
-# cooperative launches at a time must neither wait for each other nor share their workspace.
+# Two cooperative launches at a time must neither wait for each other nor share their workspace.
 @pytest.mark.gpu
 @groups
 def test_streams(group):
     dual = operators().dual
     rows = [random_rows(LENGTHS[group], seed) for seed in (1, 2)]
     expected = [dual(*given, *NUMBERS) for given in rows]
-    arriving = [tuple(torch.zeros_like(t) for t in given) for given in rows]
-    streams = [torch.cuda.Stream() for _ in rows]
-    torch.cuda.synchronize()
-    solutions = [[], []]
-    for stream, given, later in zip(streams, rows, arriving, strict=True):
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)
-            for zeros, values in zip(later, given, strict=True):
-                zeros.copy_(values)
-    for _ in range(20):
-        for stream, later, found in zip(streams, arriving, solutions, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(dual(*later, *NUMBERS))
-    torch.cuda.synchronize()
+    solutions = on_two_streams(lambda *later: dual(*later, *NUMBERS), rows, cycles=100_000_000, repeats=20)
     for one, found in zip(expected, solutions, strict=True):
         for other in found:
             assert_bit_equal(one, other)

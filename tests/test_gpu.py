@@ -20,7 +20,7 @@ pytest.importorskip("mpmath")
 pytest.importorskip("scipy")
 
 from kernelcheck.cases_gpu import bits, cases, check_step
-from kernelcheck.on_device import OnDevice, operators
+from kernelcheck.on_device import OnDevice, on_two_streams, operators
 from transport_cases import RULES, random_step
 
 from armor import attacks, library, ops, reference
@@ -367,26 +367,12 @@ def test_graph_of_a_training_step(amp):
         assert loss == pytest.approx(eager_loss, rel=5e-2 if amp else 1e-2)
 
 
-# Inputs arrive on each stream only after it has slept: a launch on another stream would not wait for them. And what
-# runs at the same time must not share memory.
+# What runs at the same time must not share memory.
 @steps
 def test_streams(name):
     step, both = STEPS[name][0], [inputs(name, seed) for seed in (1, 2)]
     expected = [step(*given) for given in both]
-    arriving = [[torch.zeros_like(t) for t in given] for given in both]
-    streams = [torch.cuda.Stream() for _ in both]
-    torch.cuda.synchronize()
-    found = [[], []]
-    for stream, given, later in zip(streams, both, arriving, strict=True):
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)
-            for zeros, values in zip(later, given, strict=True):
-                zeros.copy_(values)
-    for _ in range(5):
-        for stream, later, outputs in zip(streams, arriving, found, strict=True):
-            with torch.cuda.stream(stream):
-                outputs.append(step(*later))
-    torch.cuda.synchronize()
+    found = on_two_streams(step, both, cycles=20_000_000, repeats=5)
     for one, others in zip(expected, found, strict=True):
         for other in others:
             assert_bit_equal(one, other)

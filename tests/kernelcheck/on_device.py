@@ -51,5 +51,28 @@ def main(backend):
     print(len(chosen[::4]), "cases of", backend)
 
 
+def on_two_streams(step, both, cycles, repeats):
+    """Outputs of step(*given), `repeats` for each of both, every one on a stream of its own at the same time.
+
+    The inputs arrive on each stream only after it has slept for so many cycles: a launch on another stream would not
+    wait for them.
+    """
+    arriving = [[torch.zeros_like(t) for t in given] for given in both]
+    streams = [torch.cuda.Stream() for _ in both]
+    torch.cuda.synchronize()
+    found = [[], []]
+    for stream, given, later in zip(streams, both, arriving, strict=True):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+            for zeros, values in zip(later, given, strict=True):
+                zeros.copy_(values)
+    for _ in range(repeats):
+        for stream, later, outputs in zip(streams, arriving, found, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(step(*later))
+    torch.cuda.synchronize()
+    return found
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])
